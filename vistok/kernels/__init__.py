@@ -1,0 +1,1 @@
+"""Operators with a plain reference and faster backends beside it."""

@@ -1,0 +1,45 @@
+"""Self-attention with a fused projection, shared by the transformers of the package."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.kernels.attention import AttentionMask, attention
+from vistok.models.layers.kv_cache import LayerCache
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention: fused q, k, v projection, scale `head_dim ** -0.5`, output projection.
+
+    Args:
+        dim: width; must be a multiple of `num_heads`.
+        num_heads: heads.
+        qkv_bias: whether the fused projection has a bias.
+        out_bias: whether the output projection has a bias.
+        qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023, section 2).
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, qkv_bias: bool = True, out_bias: bool = True, qk_norm: bool = False
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=out_bias)
+        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(
+        self, hidden_states: Tensor, mask: AttentionMask | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """`hidden_states [b n d]` -> `[b n d]`; with a cache, the keys are all that were appended so far."""
+        qkv = self.qkv(hidden_states)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        hidden_states = attention(q, k, v, mask)  # [b h n d]
+        return self.proj(rearrange(hidden_states, "b h n d -> b n (h d)"))

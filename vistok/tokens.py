@@ -1,0 +1,155 @@
+"""Tokens: the currency between tokenizers and generators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where token `i` of an image lies: in a 1D sequence (`grid=None`) or row-major on a grid (t, h, w or h, w)."""
+
+    grid: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return "sequence" if self.grid is None else "x".join(map(str, self.grid))
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Inverse of `str(layout)`."""
+        return cls() if text == "sequence" else cls(tuple(int(size) for size in text.split("x")))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of tokenized images, discrete (`indices`) or continuous (`latents`), padded to one length.
+
+    Args:
+        indices: `[b n]` int64 in `[0, codebook_size)`; `None` for a continuous tokenizer.
+        latents: `[b n c]` floating point; `None` for a discrete tokenizer.
+        lengths: `[b]` int64, tokens that count per image; all `n` when not given. What follows is padding.
+        codebook_size: number of codes, needed with `indices`.
+        layout: how the tokens of one image are arranged.
+
+    Raises:
+        ValueError: neither or both of `indices` and `latents`, a wrong shape or dtype, ids out of range,
+            or lengths outside `[0, n]`.
+    """
+
+    indices: Tensor | None = None
+    latents: Tensor | None = None
+    lengths: Tensor | None = None
+    codebook_size: int | None = None
+    layout: Layout = Layout()
+
+    def __post_init__(self) -> None:
+        if (self.indices is None) == (self.latents is None):
+            raise ValueError("Tokens take either indices [b n] or latents [b n c], and not both")
+        if self.indices is not None:
+            self._check_indices(self.indices)
+        elif self.latents is not None and (self.latents.ndim != 3 or not self.latents.is_floating_point()):
+            raise ValueError(
+                f"latents must be floating point [b n c], got {self.latents.dtype} {list(self.latents.shape)}"
+            )
+        if self.lengths is None:
+            full = torch.full(
+                (len(self.data),), self.data.shape[1], dtype=torch.int64, device=self.data.device
+            )
+            object.__setattr__(self, "lengths", full)
+        self._check_lengths()
+
+    def _check_indices(self, indices: Tensor) -> None:
+        if indices.ndim != 2 or indices.dtype != torch.int64:
+            raise ValueError(f"indices must be int64 [b n], got {indices.dtype} {list(indices.shape)}")
+        if self.codebook_size is None:
+            raise ValueError("indices need the codebook_size they point into")
+        if indices.numel() == 0:
+            return
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= self.codebook_size:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"token id {wrong} is out of range: the codebook has ids 0 to {self.codebook_size - 1}"
+            )
+
+    def _check_lengths(self) -> None:
+        lengths = self.token_counts
+        if lengths.shape != (len(self.data),) or lengths.dtype != torch.int64:
+            raise ValueError(
+                f"lengths must be int64 [{len(self.data)}], got {lengths.dtype} {list(lengths.shape)}"
+            )
+        if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > self.data.shape[1]):
+            raise ValueError(f"lengths must lie in 0..{self.data.shape[1]}, got {lengths.tolist()}")
+
+    @property
+    def data(self) -> Tensor:
+        """`indices` or `latents`, whichever this batch holds."""
+        data = self.indices if self.indices is not None else self.latents
+        assert data is not None
+        return data
+
+    @property
+    def token_counts(self) -> Tensor:
+        """`lengths`, which is never `None` after construction."""
+        assert self.lengths is not None
+        return self.lengths
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether the tokens are codebook indices."""
+        return self.indices is not None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, images: slice) -> Tokens:
+        return self._with_data(self.data[images], self.token_counts[images])
+
+    def keep(self, num_tokens: int) -> Tokens:
+        """The first `num_tokens` tokens of every image (a prefix; shorter images stay as they are).
+
+        Raises:
+            ValueError: `num_tokens` is not in `1..n`.
+        """
+        if not 1 <= num_tokens <= self.data.shape[1]:
+            raise ValueError(f"num_tokens must be in 1..{self.data.shape[1]}, got {num_tokens}")
+        return self._with_data(self.data[:, :num_tokens], self.token_counts.clamp(max=num_tokens))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tokens:
+        """As `Tensor.to`; the dtype applies to latents only, indices and lengths stay int64."""
+        data = self.data.to(device=device, dtype=None if self.is_discrete else dtype)
+        return self._with_data(data, self.token_counts.to(device=device))
+
+    def _with_data(self, data: Tensor, lengths: Tensor) -> Tokens:
+        field = "indices" if self.is_discrete else "latents"
+        return replace(self, **{field: data, "lengths": lengths})
+
+
+def concatenate(batches: list[Tokens]) -> Tokens:
+    """One batch out of several of the same tokenizer, padded to the longest.
+
+    Raises:
+        ValueError: the list is empty, or the batches differ in kind, codebook size or layout.
+    """
+    if not batches:
+        raise ValueError("concatenate needs at least one batch of tokens")
+    first = batches[0]
+    for other in batches[1:]:
+        if (other.is_discrete, other.codebook_size, other.layout) != (
+            first.is_discrete,
+            first.codebook_size,
+            first.layout,
+        ):
+            raise ValueError("tokens of different kinds, codebook sizes or layouts cannot be concatenated")
+    longest = max(batch.data.shape[1] for batch in batches)
+    data = torch.cat([_pad(batch.data, longest) for batch in batches])
+    return first._with_data(data, torch.cat([batch.token_counts for batch in batches]))
+
+
+def _pad(data: Tensor, length: int) -> Tensor:
+    padded = data.new_zeros(data.shape[0], length, *data.shape[2:])
+    padded[:, : data.shape[1]] = data
+    return padded

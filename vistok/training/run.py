@@ -1,0 +1,31 @@
+"""From a recipe to a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vistok.training.recipe import Recipe, from_mapping
+from vistok.training.trainer import Task, train
+
+
+def run(recipe: Recipe, folder: Path, *, device: str = "cpu") -> dict[str, float]:
+    """Train what `recipe` describes into `folder`; see `vistok.training.trainer.train`.
+
+    Raises:
+        ValueError: an unknown kind of training, or unknown options.
+    """
+    torch.manual_seed(recipe.seed)  # initial weights
+    return train(_task(recipe, torch.device(device)), recipe, folder, device=torch.device(device))
+
+
+def _task(recipe: Recipe, device: torch.device) -> Task:
+    if recipe.kind == "tokenizer":
+        from vistok.models.tokenizers.conv_titok import ConvTiTok
+        from vistok.training.tokenizer import TokenizerOptions, TokenizerTask
+
+        options = from_mapping(TokenizerOptions, recipe.task, "task")
+        model = ConvTiTok(**recipe.model).to(memory_format=torch.channels_last)
+        return TokenizerTask(model, options, recipe.augmentation, device)
+    raise ValueError(f"unknown kind of training {recipe.kind!r}; known: tokenizer")
