@@ -124,8 +124,9 @@ class Tokens:
         return self._with_data(data, self.token_counts.to(device=device))
 
     def _with_data(self, data: Tensor, lengths: Tensor) -> Tokens:
-        field = "indices" if self.is_discrete else "latents"
-        return replace(self, **{field: data, "lengths": lengths})
+        if self.is_discrete:
+            return replace(self, indices=data, lengths=lengths)
+        return replace(self, latents=data, lengths=lengths)
 
 
 def concatenate(batches: list[Tokens]) -> Tokens:

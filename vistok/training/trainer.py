@@ -113,7 +113,8 @@ def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextM
 
 def make_optimizer(model: nn.Module, options: Optimization) -> torch.optim.AdamW:
     """AdamW with weight decay on parameters of two or more axes, embeddings and positions excepted."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not any(word in name for word in ("embed", "position", "latents"))
         (decayed if is_matrix else plain).append(parameter)

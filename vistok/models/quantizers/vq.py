@@ -20,7 +20,12 @@ class VQ(Quantizer):
     """
 
     def __init__(
-        self, codebook_size: int, codebook_dim: int, *, commitment_cost: float = 0.25, use_l2_norm: bool = False
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        *,
+        commitment_cost: float = 0.25,
+        use_l2_norm: bool = False,
     ) -> None:
         super().__init__()
         self.codebook_size = codebook_size
@@ -37,7 +42,9 @@ class VQ(Quantizer):
         commitment_loss = self.commitment_cost * F.mse_loss(latents, codes.detach())
         codebook_loss = F.mse_loss(codes, latents.detach())
         codes = latents + (codes - latents).detach()  # straight-through
-        return QuantizerOutput(codes, indices, commitment_loss + codebook_loss, commitment_loss, codebook_loss)
+        return QuantizerOutput(
+            codes, indices, commitment_loss + codebook_loss, commitment_loss, codebook_loss
+        )
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         return self._normalize(self.embedding(indices).float())

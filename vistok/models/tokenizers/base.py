@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
@@ -27,7 +25,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """Tokens of `images [b 3 image_size image_size]` in [-1, 1]; the first `num_tokens` where that is allowed."""
         raise NotImplementedError(f"{type(self).__name__} does not define encode()")
 
-    def decode(self, tokens: Tokens, **options: Any) -> Tensor:
+    def decode(self, tokens: Tokens) -> Tensor:
         """Images `[b 3 image_size image_size]` in [-1, 1] of `tokens`."""
         raise NotImplementedError(f"{type(self).__name__} does not define decode()")
 
@@ -47,7 +45,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
         if images.numel() and (not torch.isfinite(images).all() or images.abs().max() > 1 + 1e-3):
-            raise ValueError("images must be finite and lie in [-1, 1]; scale uint8 with `images / 127.5 - 1`")
+            raise ValueError(
+                "images must be finite and lie in [-1, 1]; scale uint8 with `images / 127.5 - 1`"
+            )
 
     def check_tokens(self, tokens: Tokens) -> None:
         """Raises ValueError unless `tokens` can be decoded here: kind, codebook, layout and lengths."""
@@ -60,7 +60,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
                 f"{type(self).__name__} has {self.codebook_size}: they come from another tokenizer"
             )
         if tokens.layout != self.layout:
-            raise ValueError(f"tokens are laid out as {tokens.layout}, {type(self).__name__} uses {self.layout}")
+            raise ValueError(
+                f"tokens are laid out as {tokens.layout}, {type(self).__name__} uses {self.layout}"
+            )
         self._check_lengths(tokens)
 
     def _check_lengths(self, tokens: Tokens) -> None:

@@ -133,7 +133,9 @@ class ConvTiTokEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """`[b 3 H W]` -> `[b n codebook_dim]`."""
         patches = rearrange(self.stem(images), "b d h w -> b (h w) d") + self.patch_position
-        hidden_states = torch.cat([patches, self.latents.expand(len(images), -1, -1).to(patches.dtype)], dim=1)
+        hidden_states = torch.cat(
+            [patches, self.latents.expand(len(images), -1, -1).to(patches.dtype)], dim=1
+        )
         for block in self.blocks:
             hidden_states = block(hidden_states)
         return self.to_codes(self.norm(hidden_states[:, patches.shape[1] :]))
@@ -171,7 +173,9 @@ class ConvTiTokDecoder(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """`[b n codebook_dim]` -> `[b 3 H W]`."""
         latents = self.from_codes(codes) + self.latent_position
-        hidden_states = torch.cat([self.mask_tokens.expand(len(codes), -1, -1).to(latents.dtype), latents], dim=1)
+        hidden_states = torch.cat(
+            [self.mask_tokens.expand(len(codes), -1, -1).to(latents.dtype), latents], dim=1
+        )
         for block in self.blocks:
             hidden_states = block(hidden_states)
         patches = self.norm(hidden_states[:, : self.grid_size**2])
