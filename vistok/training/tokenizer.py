@@ -32,7 +32,7 @@ class TokenizerTask:
     def __init__(
         self, model: ConvTiTok, options: TokenizerOptions, augmentation: Augmentation, device: torch.device
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.options = options
         self.augmentation = augmentation
         self.device = device
