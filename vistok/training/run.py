@@ -28,4 +28,10 @@ def _task(recipe: Recipe, device: torch.device) -> Task:
         options = from_mapping(TokenizerOptions, recipe.task, "task")
         model = ConvTiTok(**recipe.model).to(memory_format=torch.channels_last)
         return TokenizerTask(model, options, recipe.augmentation, device)
-    raise ValueError(f"unknown kind of training {recipe.kind!r}; known: tokenizer")
+    if recipe.kind == "next-token":
+        from vistok.models.generators.text_ar import TextAR
+        from vistok.training.generator import GeneratorOptions, NextTokenTask
+
+        data = from_mapping(GeneratorOptions, recipe.task, "task")
+        return NextTokenTask(TextAR(**recipe.model), data, recipe.augmentation, device, recipe.seed)
+    raise ValueError(f"unknown kind of training {recipe.kind!r}; known: tokenizer, next-token")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.kernels.attention import AttentionMask, attention
 from vistok.models.layers.kv_cache import LayerCache
+from vistok.models.layers.norm import RMSNorm
 
 
 class SelfAttention(nn.Module):
@@ -18,19 +20,28 @@ class SelfAttention(nn.Module):
         qkv_bias: whether the fused projection has a bias.
         out_bias: whether the output projection has a bias.
         qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023, section 2).
+        float32_attention: softmax and both products in float32, under autocast and with weights of lower precision.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, qkv_bias: bool = True, out_bias: bool = True, qk_norm: bool = False
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        qk_norm: bool = False,
+        float32_attention: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
+        self.float32_attention = float32_attention
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=out_bias)
-        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
 
     def forward(
         self, hidden_states: Tensor, mask: AttentionMask | None = None, cache: LayerCache | None = None
@@ -41,5 +52,9 @@ class SelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
             k, v = cache.append(k, v)
-        hidden_states = attention(q, k, v, mask)  # [b h n d]
+        if self.float32_attention:
+            with torch.autocast(q.device.type, enabled=False):
+                hidden_states = attention(q.float(), k.float(), v.float(), mask).to(qkv.dtype)  # [b h n d]
+        else:
+            hidden_states = attention(q, k, v, mask)  # [b h n d]
         return self.proj(rearrange(hidden_states, "b h n d -> b n (h d)"))

@@ -16,12 +16,21 @@ class PreNormBlock(nn.Module):
         num_heads: attention heads.
         mlp_dim: width of the hidden MLP layer.
         qkv_bias: whether the fused q, k, v projection has a bias.
+        float32_attention: see `SelfAttention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_dim: int, *, qkv_bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        *,
+        qkv_bias: bool = True,
+        float32_attention: bool = False,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim, num_heads, qkv_bias=qkv_bias)
+        self.attn = SelfAttention(dim, num_heads, qkv_bias=qkv_bias, float32_attention=float32_attention)
         self.norm2 = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, mlp_dim)
         self.act = nn.GELU()

@@ -1,1 +1,57 @@
+"""Published checkpoints as our models: `read_checkpoint`, `load_config`, `load`.
 
+Each system has a module of its name with `load(weights, config)`, and its parts: `build_model(config)` makes the model
+that a published configuration describes, `translate_weights(weights)` renames its weights. `releases` lists what was
+published.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from diffusers import ModelMixin
+from torch import Tensor
+
+from vistok.models.upstream.checkpoint import read_checkpoint
+from vistok.models.upstream.config import load_config
+
+__all__ = ["SYSTEMS", "build_model", "load", "load_config", "read_checkpoint", "translate_weights"]
+
+SYSTEMS = ("maskgit", "maskgit_vqgan", "titok")
+
+
+def load(system: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> ModelMixin:
+    """A published model as ours, in evaluation mode.
+
+    Args:
+        system: one of `SYSTEMS`.
+        weights: tensors by published key, see `read_checkpoint`; the model keeps them, without a copy.
+        config: the published configuration, see `load_config` and `releases.RELEASES`.
+
+    Raises:
+        ValueError: an unknown system, a configuration that was never published, or weights that do not fit it (missing
+            and unexpected keys and wrong shapes are listed).
+    """
+    return _module(system).load(weights, config)
+
+
+def build_model(system: str, config: Mapping[str, Any]) -> ModelMixin:
+    """The model that a published configuration describes, with fresh weights; raises as `load` does."""
+    return _module(system).build_model(config)
+
+
+def translate_weights(system: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by published key -> by our key; keys that are not known stay as they are."""
+    return _module(system).translate_weights(weights)
+
+
+def _module(system: str) -> ModuleType:
+    if system not in SYSTEMS:
+        close = difflib.get_close_matches(system, SYSTEMS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(SYSTEMS)}"
+        raise ValueError(f"unknown system {system!r}{hint}")
+    return import_module(f"vistok.models.upstream.{system}")

@@ -1,0 +1,1 @@
+"""Tests of vistok; mirrors its folders."""

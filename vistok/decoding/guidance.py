@@ -1,0 +1,74 @@
+"""Classifier-free guidance (Ho and Salimans 2022): one formula, and schedules over the steps. 1.0 is off."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+def apply_guidance(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
+    """Move predictions away from the unconditional ones; both of one shape. A scale of 1.0 gives back `cond`."""
+    return uncond + guidance_scale * (cond - uncond)
+
+
+class GuidanceSchedule(Protocol):
+    """A guidance scale per step."""
+
+    @property
+    def scale(self) -> float:
+        """What the schedule was made for; 1.0 is off."""
+        ...
+
+    def at(self, step: int, num_steps: int) -> float:
+        """The scale at `step` of `num_steps`, counted from 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConstantGuidance:
+    """The same scale at every step."""
+
+    scale: float = 1.0
+
+    def at(self, step: int, num_steps: int) -> float:
+        return self.scale
+
+
+@dataclass(frozen=True)
+class LinearGuidance:
+    """From 1.0 at step 0 towards `scale`, which would be reached after the last step (as in TiTok's generators)."""
+
+    scale: float = 1.0
+
+    def at(self, step: int, num_steps: int) -> float:
+        return 1 + (self.scale - 1) * step / num_steps
+
+
+@dataclass(frozen=True)
+class PowerCosineGuidance:
+    """From 1.0 at step 0 towards `scale` along `(1 - cos(pi t^power)) / 2` (Gao et al. 2023, MDT, section 3.4)."""
+
+    scale: float = 1.0
+    power: float = 3.0
+
+    def at(self, step: int, num_steps: int) -> float:
+        progress = (1 - math.cos(math.pi * (step / num_steps) ** self.power)) / 2
+        return 1 + (self.scale - 1) * progress
+
+
+def make_guidance(schedule: str, scale: float, power: float = 3.0) -> GuidanceSchedule:
+    """A schedule by its name: `"constant"`, `"linear"` or `"power-cosine"`, to which alone `power` applies.
+
+    Raises:
+        ValueError: no such schedule.
+    """
+    if schedule == "power-cosine":
+        return PowerCosineGuidance(scale, power)
+    plain = {"constant": ConstantGuidance, "linear": LinearGuidance}
+    if schedule not in plain:
+        known = ", ".join([*plain, "power-cosine"])
+        raise ValueError(f"unknown guidance schedule {schedule!r}; choose one of {known}")
+    return plain[schedule](scale)

@@ -1,0 +1,37 @@
+"""One random stream per image, so that a result depends on its own seed and on nothing else in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class UniformSource(Protocol):
+    """Where samplers get their randomness."""
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Fresh draws in [0, 1), `[b *shape]` float32 on the CPU."""
+        ...
+
+
+class ImageStreams:
+    """Independent streams, one per image of a batch.
+
+    Args:
+        generators: one CPU `torch.Generator` per image.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = list(generators)
+
+    @classmethod
+    def from_seeds(cls, seeds: Sequence[int]) -> ImageStreams:
+        """One stream per seed; equal seeds give equal streams."""
+        return cls([torch.Generator().manual_seed(seed) for seed in seeds])
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Fresh draws in [0, 1), `[b *shape]` float32 on the CPU."""
+        return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])

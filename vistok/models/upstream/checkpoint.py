@@ -1,0 +1,79 @@
+"""Reading a published weights file without running anything that is in it."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch.save since 1.6 writes a zip file, before it a bare pickle
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
+    """Tensors by published key, on the CPU, of a `.safetensors` file or a pickle that holds only tensors.
+
+    The kind of file is told from its content, not from its name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an empty or truncated file, an HTML page saved as a checkpoint, a pickle with code inside (which is
+            refused, not run), or something other than a flat dictionary of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise ValueError(f"{path} is empty; download it again")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ValueError(f"{path} is a web page, not a checkpoint; download the file itself (the raw link)")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+    return _read_pickle(path) if start.startswith(PICKLE_STARTS) else _read_safetensors(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # about pickle protocols and TorchScript; the error below says enough
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds Python objects or code besides tensors; it was refused and nothing in it was run"
+        ) from None
+    except Exception as error:  # a damaged pickle can fail anywhere, with any exception
+        raise _damaged(path, error) from None
+    return _flat(content, path)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(f"{path} is truncated, damaged or not a checkpoint ({reason}); download it again")
+
+
+def _flat(content: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path} is not a flat dictionary of tensors: {key!r} holds a {type(value).__name__}; "
+                "if it wraps the state dict, save that alone"
+            )
+    return dict(content)

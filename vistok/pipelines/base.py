@@ -1,0 +1,108 @@
+"""What all image pipelines share: streams from seeds, output types, the fit of tokenizer and generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from vistok.data.images import to_pil
+from vistok.decoding.streams import ImageStreams
+from vistok.models.generators.base import Generator
+from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.tokens import Tokens
+
+OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
+StepEnd = Callable[["ImagePipeline", int, int, dict[str, Any]], dict[str, Any]]
+
+
+@dataclass
+class ImagePipelineOutput(BaseOutput):
+    """Result of a pipeline: pictures, arrays `[b H W 3]` in [0, 1], a tensor `[b 3 H W]` in [-1, 1], or `Tokens`."""
+
+    images: list[PIL.Image.Image] | np.ndarray | Tensor | Tokens
+
+
+class ImagePipeline(DiffusionPipeline):
+    """A tokenizer and a generator that fit each other."""
+
+    tokenizer: ImageTokenizer
+    generator: Generator
+
+    def _check_fit(self, tokenizer: ImageTokenizer, generator: Generator) -> None:
+        """Raises ValueError when the generator's tokens are not the tokenizer's."""
+        for name in ("codebook_size", "num_tokens", "layout"):
+            left, right = getattr(tokenizer, name), getattr(generator, name)
+            if left != right:
+                raise ValueError(
+                    f"{type(generator).__name__} does not fit {type(tokenizer).__name__}: "
+                    f"{name} is {right} there and {left} here"
+                )
+
+    def _streams(
+        self, seed: int | Sequence[int], generator: Any, num_prompts: int, per_prompt: int
+    ) -> ImageStreams:
+        """One stream per image: image j of every prompt uses `seed + j`, or the given seeds or generators in order."""
+        total = num_prompts * per_prompt
+        if generator is not None:
+            return ImageStreams(_one_each(generator, total))
+        if isinstance(seed, int):
+            return ImageStreams.from_seeds([seed + j for j in range(per_prompt)] * num_prompts)
+        if len(seed) != total:
+            raise ValueError(f"{len(seed)} seeds for {total} images; give one seed, or one for each image")
+        return ImageStreams.from_seeds(seed)
+
+    def _step_callback(self, callback: StepEnd | None, num_steps: int) -> Callable[[int, Tensor], None]:
+        """A hook for the decoding loops: shows progress and calls the user's `callback_on_step_end`."""
+        progress = self.progress_bar(total=num_steps)
+
+        def on_step(step: int, indices: Tensor) -> None:
+            progress.update()
+            if callback is not None:
+                callback(self, step, num_steps, {"indices": indices})
+            if step + 1 == num_steps:
+                progress.close()
+
+        return on_step
+
+    @torch.inference_mode()
+    def _output(self, indices: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        tokens = Tokens(
+            indices=indices, codebook_size=self.tokenizer.codebook_size, layout=self.tokenizer.layout
+        )
+        result: Any = tokens
+        if output_type != "tokens":
+            result = _convert(self.tokenizer.decode(tokens), output_type)
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises ValueError unless `output_type` is one of OUTPUT_TYPES."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"unknown output_type {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _one_each(generator: Any, total: int) -> list[torch.Generator]:
+    if isinstance(generator, torch.Generator):
+        if total == 1:
+            return [generator]
+        seeds = torch.randint(2**63 - 1, (total,), generator=generator, device=generator.device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    if len(generator) != total:
+        raise ValueError(f"{len(generator)} generators for {total} images; give one, or one for each image")
+    return list(generator)
+
+
+def _convert(images: Tensor, output_type: str) -> Any:
+    if output_type == "pt":
+        return images
+    if output_type == "np":
+        return ((images.float() + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
+    return to_pil(images)
