@@ -20,7 +20,9 @@ def check(case: GoldenCase) -> Comparison:
     latents = model.encode_latents(case.inputs["images"] * 2 - 1)
     tokens = model.encode(case.inputs["images"] * 2 - 1)
     codes = model.quantizer.indices_to_codes(tokens.data)
-    given = Tokens(indices=case.inputs.get("tokens", tokens.data), codebook_size=model.codebook_size, layout=model.layout)
+    given = Tokens(
+        indices=case.inputs.get("tokens", tokens.data), codebook_size=model.codebook_size, layout=model.layout
+    )
     given_codes = model.quantizer.indices_to_codes(given.data)
     grid = dict(zip("hw", model.layout.grid or (), strict=True))
     found = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,7 +68,10 @@ def make_guidance(schedule: str, scale: float, power: float = 3.0) -> GuidanceSc
     """
     if schedule == "power-cosine":
         return PowerCosineGuidance(scale, power)
-    plain = {"constant": ConstantGuidance, "linear": LinearGuidance}
+    plain: dict[str, Callable[[float], GuidanceSchedule]] = {
+        "constant": ConstantGuidance,
+        "linear": LinearGuidance,
+    }
     if schedule not in plain:
         known = ", ".join([*plain, "power-cosine"])
         raise ValueError(f"unknown guidance schedule {schedule!r}; choose one of {known}")

@@ -30,7 +30,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; for greedy decoding use top_k=1")
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}; for greedy decoding use top_k=1"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to keep all ids")
         for name in ("top_p", "typical_p"):

@@ -41,7 +41,6 @@ class FidResult:
 
     fid: float
     kid: float | None  # None with fewer than KID_FEWEST_IMAGES images
-    kid_std: float | None  # over subsets
     kid_subset_size: int | None
     num_real: int
     num_fake: int
@@ -72,6 +71,7 @@ def compute_fid(
     extractor: FeatureExtractor,
     batch_size: int = 64,
     image_size: int | None = None,
+    fake_name: str | None = None,
     seed: int = 0,
 ) -> FidResult:
     """Distance of `fake` images from `real` ones.
@@ -82,25 +82,33 @@ def compute_fid(
         extractor: the features; see `load_extractor`.
         batch_size: images per batch read from a folder.
         image_size: resize and centre-crop the pictures of folders to this size first.
+        fake_name: what the result calls `fake`, such as the model that draws it; otherwise the folder's name.
         seed: of the subsets that KID draws.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         ValueError: fewer than two images, a damaged one, or images of different sizes in one source.
     """
-    sets = [extract_features(source, extractor, batch_size, image_size) for source in (real, fake)]
-    return compare_features(sets[0], sets[1], extractor=extractor, seed=seed)
+    real_set = extract_features(real, extractor, batch_size=batch_size, image_size=image_size)
+    fake_set = extract_features(fake, extractor, name=fake_name, batch_size=batch_size, image_size=image_size)
+    return compare_features(real_set, fake_set, extractor=extractor, seed=seed)
 
 
 def extract_features(
-    source: Source, extractor: FeatureExtractor, batch_size: int = 64, image_size: int | None = None
+    source: Source,
+    extractor: FeatureExtractor,
+    *,
+    name: str | None = None,
+    batch_size: int = 64,
+    image_size: int | None = None,
 ) -> FeatureSet:
-    """Features of all images of a source; see `compute_fid`. Progress goes to stderr.
+    """Features of all images of a source called `name`; see `compute_fid`. Progress goes to stderr.
 
     Raises:
         ValueError: the source yields no images, or not as `image_batches` wants them.
     """
-    name, features, size = source_name(source), [], (0, 0)
+    name = name or source_name(source)
+    features, size = [], (0, 0)
     with tqdm(total=source_length(source), desc=f"{extractor.name}: {name}", unit="image") as progress:
         for batch in image_batches(source, batch_size, image_size):
             features.append(extractor(batch).float().cpu())
@@ -122,11 +130,10 @@ def compare_features(
     for images in (real, fake):
         if len(images) < 2:
             raise ValueError(f"{images.source} holds {len(images)} image; a distance needs at least 2")
-    kid, kid_std, kid_subset_size = _kernel_distance(real.features, fake.features, seed)
+    kid, kid_subset_size = _kernel_distance(real.features, fake.features, seed)
     return FidResult(
         fid=_frechet_distance(real.features, fake.features),
         kid=kid,
-        kid_std=kid_std,
         kid_subset_size=kid_subset_size,
         num_real=len(real),
         num_fake=len(fake),
@@ -159,16 +166,16 @@ def _frechet_distance(real: Tensor, fake: Tensor) -> float:
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
-def _kernel_distance(real: Tensor, fake: Tensor, seed: int) -> tuple[float | None, float | None, int | None]:
-    """(mean, standard deviation, subset size) of KID over 100 subsets of two sets of features `[n d]`."""
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+def _kernel_distance(real: Tensor, fake: Tensor, seed: int) -> tuple[float | None, int | None]:
+    """(KID, subset size) of two sets of features `[n d]`: the mean over 100 random subsets."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
     fewest = min(len(real), len(fake))
     if fewest < KID_FEWEST_IMAGES:
-        return None, None, None
+        return None, None
     size = min(KID_LARGEST_SUBSET, fewest)
     metric = kid_features_to_metric(real, fake, kid_subset_size=size, rng_seed=seed, verbose=False)
-    return metric[KEY_METRIC_KID_MEAN], metric[KEY_METRIC_KID_STD], size
+    return metric[KEY_METRIC_KID_MEAN], size
 
 
 def _note(real: FeatureSet, fake: FeatureSet, extractor: FeatureExtractor) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vistok.eval.reconstruction import psnr
+from vistok.eval.sources import pixels
 
 TILE_SIZE = 128  # smaller pictures are scaled up to it, larger ones stay as they are
 MARGIN = 16  # around the whole picture and between tiles
@@ -64,7 +63,7 @@ def reconstruction_strip(
     tile_size = max(TILE_SIZE, *(max(image.size) for image in originals))
     pairs, captions = [], []
     for index, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True)):
-        value = psnr(_pixels(reconstruction), _pixels(original)).item()
+        value = psnr(_batch(reconstruction), _batch(original)).item()
         captions.append(f"{labels[index]}\n{value:.1f} dB" if labels is not None else f"{value:.1f} dB")
         pairs.append(_beside(_scaled(original, tile_size), _scaled(reconstruction, tile_size)))
     return _rows(pairs, captions, columns)
@@ -143,6 +142,5 @@ def _shortened(line: str, width: float, font: Font) -> str:
     return f"{line.rstrip()}…"
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    return pixels.permute(2, 0, 1)[None]  # [1 3 H W] uint8
+def _batch(image: Image.Image) -> Tensor:
+    return pixels(image.convert("RGB"))[None]  # [1 3 H W] uint8

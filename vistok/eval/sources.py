@@ -26,6 +26,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def pixels(picture: Image.Image) -> Tensor:
+    """RGB picture -> uint8 `[3 H W]`."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 def image_batches(source: Source, batch_size: int, image_size: int | None = None) -> Iterator[Tensor]:
     """uint8 batches `[b 3 H W]` of one size from any source.
 
@@ -74,12 +79,8 @@ def _folder_batches(folder: Path, batch_size: int, image_size: int | None) -> It
             size = size or picture.size
             if picture.size != size:
                 raise ValueError(_sizes_differ(str(path), picture.size[::-1], size[::-1]))
-            pictures.append(_pixels(picture))
+            pictures.append(pixels(picture))
         yield torch.stack(pictures)
-
-
-def _pixels(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # [3 H W] uint8
 
 
 def _sizes_differ(name: str, found: Iterable[int], expected: Iterable[int]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from vistok.decoding.streams import ImageStreams
 from vistok.models.generators.base import Generator
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.tokens import Tokens
+
+# diffusers' list of libraries that parts of a pipeline come from: model_index.json then names ours as "vistok".
+LOADABLE_CLASSES["vistok"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
 StepEnd = Callable[["ImagePipeline", int, int, dict[str, Any]], dict[str, Any]]

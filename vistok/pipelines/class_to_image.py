@@ -32,7 +32,7 @@ class ClassToImagePipeline(ImagePipeline):
         ValueError: tokenizer and generator do not fit, or a setting is outside its range.
     """
 
-    model_cpu_offload_seq = "generator->tokenizer"
+    model_cpu_offload_seq = "generator->tokenizer"  # type: ignore[assignment]
     generator: MaskedGenerator
 
     def __init__(

@@ -10,7 +10,7 @@ from vistok.models.layers.kv_cache import KVCache
 from vistok.tokens import Layout
 
 
-class Generator(ModelMixin, ConfigMixin):
+class Generator(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define config_name
     """Predicts the tokens of an image. It is built for a codebook and a layout, not for one tokenizer."""
 
     codebook_size: int  # ids 0 .. codebook_size - 1 are image tokens

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
@@ -28,6 +31,18 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     def decode(self, tokens: Tokens) -> Tensor:
         """Images `[b 3 image_size image_size]` in [-1, 1] of `tokens`."""
         raise NotImplementedError(f"{type(self).__name__} does not define decode()")
+
+    def identity(self) -> str:
+        """Class name and a hash of configuration and weights: which tokenizer made a file of tokens.
+
+        Weights are hashed in bfloat16, so a half-precision copy has the identity of the original.
+        """
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        return f"{type(self).__name__}-{digest.hexdigest()[:16]}"
 
     @property
     def codebook(self) -> Tensor:

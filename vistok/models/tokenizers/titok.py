@@ -102,7 +102,8 @@ class TiTok(ImageTokenizer):
             if pixel_codebook_size is None
             else LogitHead(decoder_dim, pixel_codebook_size),
         )
-        _init_weights(self)
+        _init_weights(self.encoder)
+        _init_weights(self.decoder)
         self.pixel_decoder: nn.Module = nn.Identity()
         if pixel_codebook_size is not None:
             if decoder_patch_size != 2 ** (len(pixel_dim_mults) - 1):
@@ -202,7 +203,8 @@ class TiTokVAE(ImageTokenizer):
             latent_dim=latent_dim,
             head=PatchHead(decoder_dim, decoder_patch_size),
         )
-        _init_weights(self)
+        _init_weights(self.encoder)
+        _init_weights(self.decoder)
 
     def encode(
         self,
@@ -409,9 +411,9 @@ def _embedding(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape) * shape[-1] ** -0.5)
 
 
-def _init_weights(model: nn.Module) -> None:
+def _init_weights(part: nn.Module) -> None:
     """Linear and convolution weights normal with std 0.02, biases 0; fused q, k, v projections Xavier-uniform."""
-    for name, module in model.named_modules():
+    for name, module in part.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             if name.endswith("attn.qkv"):
                 nn.init.xavier_uniform_(module.weight)
@@ -421,13 +423,18 @@ def _init_weights(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-_SIZES = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}  # dim, depth, num_heads
+# the transformer sizes of the paper: dim, depth, num_heads
+SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 
 def _sizes(encoder: str, decoder: str) -> dict[str, int]:
-    names = ("encoder_dim", "encoder_depth", "encoder_num_heads")
-    names += ("decoder_dim", "decoder_depth", "decoder_num_heads")
-    return dict(zip(names, _SIZES[encoder] + _SIZES[decoder], strict=True))
+    parts = {"encoder": SIZES[encoder], "decoder": SIZES[decoder]}
+    names = ("dim", "depth", "num_heads")
+    return {
+        f"{part}_{name}": size
+        for part, sizes in parts.items()
+        for name, size in zip(names, sizes, strict=True)
+    }
 
 
 _TWO_STAGE = {"codebook_size": 4096, "codebook_dim": 12, "use_l2_norm": True, "pixel_codebook_size": 1024}
@@ -435,13 +442,13 @@ _SINGLE_STAGE = {"codebook_size": 8192, "codebook_dim": 64, "use_l2_norm": False
 
 # the released variants: class and constructor arguments; the letters are the sizes of encoder and decoder
 PRESETS: dict[str, tuple[type[ImageTokenizer], dict[str, Any]]] = {
-    "titok-l-32": (TiTok, {"num_tokens": 32, **_sizes("l", "l"), **_TWO_STAGE}),
-    "titok-b-64": (TiTok, {"num_tokens": 64, **_sizes("b", "b"), **_TWO_STAGE}),
-    "titok-s-128": (TiTok, {"num_tokens": 128, **_sizes("s", "s"), **_TWO_STAGE}),
-    "titok-bl-64-vq8k": (TiTok, {"num_tokens": 64, **_sizes("b", "l"), **_SINGLE_STAGE}),
-    "titok-bl-128-vq8k": (TiTok, {"num_tokens": 128, **_sizes("b", "l"), **_SINGLE_STAGE}),
-    "titok-sl-256-vq8k": (TiTok, {"num_tokens": 256, **_sizes("s", "l"), **_SINGLE_STAGE}),
-    "titok-ll-32-vae-c16": (TiTokVAE, {"num_tokens": 32, **_sizes("l", "l"), "latent_dim": 16}),
-    "titok-bl-64-vae-c16": (TiTokVAE, {"num_tokens": 64, **_sizes("b", "l"), "latent_dim": 16}),
-    "titok-bl-128-vae-c16": (TiTokVAE, {"num_tokens": 128, **_sizes("b", "l"), "latent_dim": 16}),
+    "titok-l-32": (TiTok, {"num_tokens": 32, **_sizes("large", "large"), **_TWO_STAGE}),
+    "titok-b-64": (TiTok, {"num_tokens": 64, **_sizes("base", "base"), **_TWO_STAGE}),
+    "titok-s-128": (TiTok, {"num_tokens": 128, **_sizes("small", "small"), **_TWO_STAGE}),
+    "titok-bl-64-vq8k": (TiTok, {"num_tokens": 64, **_sizes("base", "large"), **_SINGLE_STAGE}),
+    "titok-bl-128-vq8k": (TiTok, {"num_tokens": 128, **_sizes("base", "large"), **_SINGLE_STAGE}),
+    "titok-sl-256-vq8k": (TiTok, {"num_tokens": 256, **_sizes("small", "large"), **_SINGLE_STAGE}),
+    "titok-ll-32-vae-c16": (TiTokVAE, {"num_tokens": 32, **_sizes("large", "large"), "latent_dim": 16}),
+    "titok-bl-64-vae-c16": (TiTokVAE, {"num_tokens": 64, **_sizes("base", "large"), "latent_dim": 16}),
+    "titok-bl-128-vae-c16": (TiTokVAE, {"num_tokens": 128, **_sizes("base", "large"), "latent_dim": 16}),
 }

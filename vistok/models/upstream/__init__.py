@@ -1,8 +1,7 @@
 """Published checkpoints as our models: `read_checkpoint`, `load_config`, `load`.
 
-Each system has a module of its name with `load(weights, config)`, and its parts: `build_model(config)` makes the model
-that a published configuration describes, `translate_weights(weights)` renames its weights. `releases` lists what was
-published.
+Each system has a module of its name with two functions: `build_model(config)` makes the model that a published
+configuration describes, `translate_weights(weights)` renames its weights. `releases` lists what was published.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from diffusers import ModelMixin
+import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from vistok.models.upstream.checkpoint import read_checkpoint
 from vistok.models.upstream.config import load_config
+from vistok.models.upstream.keys import load_strictly
 
 __all__ = ["SYSTEMS", "build_model", "load", "load_config", "read_checkpoint", "translate_weights"]
 
@@ -36,7 +37,10 @@ def load(system: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) 
         ValueError: an unknown system, a configuration that was never published, or weights that do not fit it (missing
             and unexpected keys and wrong shapes are listed).
     """
-    return _module(system).load(weights, config)
+    with torch.device("meta"):
+        model = build_model(system, config)
+    load_strictly(model, translate_weights(system, weights))
+    return model.eval()
 
 
 def build_model(system: str, config: Mapping[str, Any]) -> ModelMixin:

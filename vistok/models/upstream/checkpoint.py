@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch.save since 1.6 writes a zip file, before it a bare pickle
+MAX_HEADER = 100_000_000  # bytes; safetensors files begin with the length of their header, at most this
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
@@ -36,7 +36,13 @@ def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is a web page, not a checkpoint; download the file itself (the raw link)")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
-    return _read_pickle(path) if start.startswith(PICKLE_STARTS) else _read_safetensors(path)
+    return _read_pickle(path) if _is_pickle(start) else _read_safetensors(path)
+
+
+def _is_pickle(start: bytes) -> bool:
+    """Whether a file starts like a zip of torch.save, or like a bare pickle and not like a safetensors header."""
+    header_length = int.from_bytes(start[:8], "little")
+    return start.startswith(b"PK\x03\x04") or (start.startswith(b"\x80") and header_length > MAX_HEADER)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

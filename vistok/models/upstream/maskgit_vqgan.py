@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vistok.models.tokenizers.maskgit_vqgan import MaskGITVQGAN
-from vistok.models.upstream.keys import load_strictly, rename_keys
+from vistok.models.upstream.keys import rename_keys
 
 RENAMES = {
     "encoder.down.{i}.block.{j}.nin_shortcut.": "encoder.levels.{i}.{j}.shortcut.",
@@ -19,22 +18,6 @@ RENAMES = {
     "decoder.up.{i}.upsample_conv.": "decoder.levels.{i}.upsample.",
     "quantize.embedding.": "quantizer.embedding.",
 }
-
-
-def load(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> MaskGITVQGAN:
-    """The model of a published state dict, in evaluation mode.
-
-    Args:
-        weights: tensors by published key.
-        config: see `build_model`.
-
-    Raises:
-        ValueError: a configuration that was never released, or weights that do not fit it.
-    """
-    with torch.device("meta"):
-        model = build_model(config)
-    load_strictly(model, translate_weights(weights))
-    return model.eval()
 
 
 def build_model(config: Mapping[str, Any]) -> MaskGITVQGAN:

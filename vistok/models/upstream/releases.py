@@ -36,13 +36,19 @@ class Release:
 
 def matching_releases(weights: Mapping[str, Tensor]) -> list[Release]:
     """The releases whose keys and shapes are those of `weights`: usually one, but some generators share a shape."""
-    return [release for release in RELEASES.values() if _fits(release, weights)]
+    matching = []
+    for system in upstream.SYSTEMS:
+        ours = upstream.translate_weights(system, weights)
+        params = sum(tensor.numel() for tensor in ours.values())
+        of_this_size = (r for r in RELEASES.values() if (r.system, r.params) == (system, params))
+        matching += [release for release in of_this_size if _fits(release, ours)]
+    return matching
 
 
 def _fits(release: Release, weights: Mapping[str, Tensor]) -> bool:
     with torch.device("meta"):
         model = upstream.build_model(release.system, release.config)
-    return not mismatches(model, upstream.translate_weights(release.system, weights))
+    return not mismatches(model, weights)
 
 
 # Yu et al. 2024 and the release notes: rFID on the 50,000 ImageNet-1k validation images at 256 px

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vistok.models.tokenizers.titok import TiTok, TiTokVAE
+from vistok.models.tokenizers.titok import SIZES, TiTok, TiTokVAE
 from vistok.models.upstream import maskgit_vqgan
 from vistok.models.upstream.config import resolve
-from vistok.models.upstream.keys import load_strictly, rename_keys
+from vistok.models.upstream.keys import rename_keys
 
-# the named transformer sizes of hub configurations: width, layers, heads
-MODEL_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
 PIXEL_DECODER = {
     "hidden_channels": 128,
     "channel_mult": (1, 1, 2, 2, 4),
@@ -62,22 +59,6 @@ TWO_STAGE_RENAMES = {
 }
 SINGLE_STAGE_RENAMES = {"decoder.ffn.0.": "decoder.head.to_pixels."}
 IGNORED = {"quantize.embed_prob": "running use of the codes, which only the clustering codebook update reads"}
-
-
-def load(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> TiTok | TiTokVAE:
-    """The model of a published state dict, in evaluation mode.
-
-    Args:
-        weights: tensors by published key.
-        config: see `build_model`.
-
-    Raises:
-        ValueError: a configuration that was never released, or weights that do not fit it.
-    """
-    with torch.device("meta"):
-        model = build_model(config)
-    load_strictly(model, translate_weights(weights))
-    return model.eval()
 
 
 def build_model(config: Mapping[str, Any]) -> TiTok | TiTokVAE:
@@ -151,18 +132,18 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     flat["image_size"] = config.get("dataset", {}).get("preprocessing", {}).get("crop_size", 256)
     for part, short in (("encoder", "enc"), ("decoder", "dec")):
         size = vq_model.get(f"vit_{short}_model_size")
-        if size not in MODEL_SIZES:
+        if size not in SIZES:
             raise ValueError(
-                f"model.vq_model.vit_{short}_model_size is {size!r}, not one of {', '.join(MODEL_SIZES)}"
+                f"model.vq_model.vit_{short}_model_size is {size!r}, not one of {', '.join(SIZES)}"
             )
-        flat[f"{part}_width"], flat[f"{part}_layers"], flat[f"{part}_heads"] = MODEL_SIZES[size]
+        flat[f"{part}_width"], flat[f"{part}_layers"], flat[f"{part}_heads"] = SIZES[size]
         flat[f"{part}_patch_size"] = vq_model.get(f"vit_{short}_patch_size", 16)
     return flat
 
 
 def translate_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published keys -> keys of `TiTok` or `TiTokVAE`; the 1x1 convolution that ends the encoder becomes linear."""
-    two_stage = "pixel_quantize.embedding.weight" in weights
+    two_stage = any(key.startswith("pixel_") for key in weights)
     stage = TWO_STAGE_RENAMES if two_stage else SINGLE_STAGE_RENAMES
     renamed = rename_keys(weights, {**RENAMES, **stage}, ignored=IGNORED)
     if "encoder.to_latents.weight" in renamed:

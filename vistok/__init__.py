@@ -1,0 +1,40 @@
+"""vistok: image tokenizers and autoregressive image generators.
+
+Importing does nothing; every public name is resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+PUBLIC = {
+    "ClassToImagePipeline": "vistok.pipelines.class_to_image",
+    "ConvTiTok": "vistok.models.tokenizers.conv_titok",
+    "Layout": "vistok.tokens",
+    "MaskGITBert": "vistok.models.generators.maskgit",
+    "MaskGITUViT": "vistok.models.generators.maskgit",
+    "MaskGITVQGAN": "vistok.models.tokenizers.maskgit_vqgan",
+    "ModelMixin": "diffusers",  # diffusers looks it up here to learn how our pipelines' parts are loaded
+    "TextAR": "vistok.models.generators.text_ar",
+    "TextToImagePipeline": "vistok.pipelines.text_to_image",
+    "TiTok": "vistok.models.tokenizers.titok",
+    "TiTokVAE": "vistok.models.tokenizers.titok",
+    "Tokens": "vistok.tokens",
+    "load": "vistok.hub",
+    "load_image": "vistok.data.images",
+}
+
+__all__ = [*PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'vistok' has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

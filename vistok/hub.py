@@ -1,0 +1,205 @@
+"""`vistok.load`: one call for shipped models, official releases, local folders and files, and hub repositories."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+import vistok
+from vistok.models import upstream
+from vistok.models.upstream.releases import RELEASES, Release, matching_releases
+from vistok.zoo import shipped
+
+
+class WeightsUnavailableError(FileNotFoundError):
+    """Weights are neither on this machine nor reachable; the message says which files go where."""
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Any:
+    """A model or pipeline in evaluation mode.
+
+    Args:
+        name_or_path: a shipped name (`emoji-64`), a known release (`titok-l-32`), a local folder or file (saved by
+            `save_pretrained`, or as officially released), or a hub id (`owner/name`). `vistok models` lists names.
+        device, dtype: where and in which precision the weights end up.
+        revision, token, local_files_only: passed to the hub.
+
+    Returns:
+        A tokenizer or generator (diffusers `ModelMixin`) or a pipeline (`DiffusionPipeline`).
+
+    Raises:
+        ValueError: an unknown name (the nearest known ones are given), or damaged or foreign weights.
+        WeightsUnavailableError: the weights are not here and the hub cannot be reached.
+    """
+    name, path = str(name_or_path), Path(name_or_path)
+    hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    if name in (models := shipped()):
+        model = _load_folder(models[name].folder)
+    elif name in RELEASES:
+        model = _load_release(RELEASES[name], hub)
+    elif path.is_dir():
+        model = _load_folder(path)
+    elif path.is_file():
+        model = _load_file(path)
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
+        model = _load_hub_id(name, hub)
+    else:
+        raise ValueError(_unknown(name))
+    return model.to(device) if dtype == torch.float32 else model.to(device, dtype)
+
+
+def known_names() -> list[str]:
+    """Every name that `load` resolves by itself."""
+    return [*shipped(), *RELEASES]
+
+
+def _unknown(name: str) -> str:
+    close = get_close_matches(name.lower(), known_names(), n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"unknown model {name!r}: no such name, folder or file{hint} (`vistok models` lists the names)"
+
+
+def _load_folder(folder: Path) -> Any:
+    if (folder / "model_index.json").is_file():
+        return _load_pipeline(folder)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{folder} holds no model: expected config.json or model_index.json in it")
+    config = upstream.load_config(config_file)
+    if "_class_name" in config:
+        return _load_ours(_public_class(config["_class_name"], config_file), folder)
+    weights = upstream.read_checkpoint(_weights_file(folder))
+    return upstream.load(_system(weights, folder), weights, config).eval()
+
+
+def _load_pipeline(folder: Path) -> Any:
+    index = json.loads((folder / "model_index.json").read_text())
+    for part, entry in index.items():
+        # diffusers imports whatever library the file names, so only our own classes may be named.
+        if isinstance(entry, list) and entry[0] is not None:
+            if entry[0] != "vistok":
+                raise ValueError(f"{folder}: {part} is of the library {entry[0]!r}; only vistok's classes are loaded")
+            _public_class(entry[1], folder / "model_index.json")
+    return _load_ours(_public_class(index.get("_class_name", ""), folder / "model_index.json"), folder)
+
+
+def _load_ours(model_class: Any, folder: Path) -> Any:
+    try:
+        for file in sorted(folder.rglob("*.safetensors")):
+            with safe_open(file, framework="pt"):  # reads the header: a truncated file does not get further
+                pass
+        loaded = model_class.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder} does not hold a complete {model_class.__name__}: {error}") from None
+    return loaded.eval() if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def _public_class(name: str, source: Path) -> Any:
+    if name not in vistok.PUBLIC or not name[0].isupper():
+        raise ValueError(f"{source} names the class {name!r}, which vistok does not have")
+    return getattr(vistok, name)
+
+
+def _weights_file(folder: Path) -> Path:
+    names = ("model.safetensors", "pytorch_model.bin")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} has a config.json but no weights; expected {' or '.join(names)}")
+
+
+def _load_file(path: Path) -> Any:
+    weights = upstream.read_checkpoint(path)
+    fitting = matching_releases(weights)
+    if not fitting:
+        raise ValueError(
+            f"{path} is not one of the known releases; name its system and configuration: "
+            "`vistok convert SYSTEM CHECKPOINT --config CONFIG -o DIR`"
+        )
+    return upstream.load(fitting[0].system, weights, fitting[0].config).eval()
+
+
+def _system(weights: dict[str, torch.Tensor], folder: Path) -> str:
+    fitting = matching_releases(weights)
+    if not fitting:
+        raise ValueError(f"{folder} has neither our layout nor that of a known release; see `vistok convert --help`")
+    return fitting[0].system
+
+
+def _load_release(release: Release, hub: dict[str, Any]) -> Any:
+    file = _release_file(release, hub)
+    model = upstream.load(release.system, upstream.read_checkpoint(file), release.config).eval()
+    if release.tokenizer is None:
+        return model
+    from vistok.pipelines.class_to_image import ClassToImagePipeline
+
+    return ClassToImagePipeline.from_release(_load_release(RELEASES[release.tokenizer], hub), model, release)
+
+
+def _release_file(release: Release, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    weights = release.files[0]
+    by_hand = releases_folder() / release.name
+    if (by_hand / weights).is_file():
+        return by_hand / weights
+    try:
+        _require_hub(hub)
+        return Path(hf_hub_download(release.hub_id, weights, **hub))
+    except (OSError, ValueError) as error:  # what huggingface_hub raises for no network, no repository, no file
+        raise WeightsUnavailableError(
+            f"{release.name} needs {weights} ({release.size_mb} MB) of the hub repository {release.hub_id}, which "
+            f"could not be had ({_first_line(error)}); download it elsewhere and put it at {by_hand / weights}"
+        ) from None
+
+
+def _require_hub(hub: dict[str, Any]) -> None:
+    """Raises URLError, an OSError, at once where the hub cannot be reached; downloads would retry for half a minute."""
+    from huggingface_hub import constants
+
+    if hub["local_files_only"] or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers, whatever it says to this question
+
+
+def releases_folder() -> Path:
+    """Where releases that were downloaded by hand are looked for: `$VISTOK_HOME`, or `~/.cache/vistok`."""
+    return Path(os.environ.get("VISTOK_HOME", Path.home() / ".cache" / "vistok"))
+
+
+def _load_hub_id(hub_id: str, hub: dict[str, Any]) -> Any:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "pytorch_model.bin"]
+    try:
+        _require_hub(hub)
+        folder = snapshot_download(hub_id, allow_patterns=patterns, **hub)
+    except (OSError, ValueError) as error:
+        raise WeightsUnavailableError(
+            f"{_unknown(hub_id)}; as a hub repository it could not be had either ({_first_line(error)}); download its "
+            "config.json and weights elsewhere and pass their folder"
+        ) from None
+    return _load_folder(Path(folder))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
