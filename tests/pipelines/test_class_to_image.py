@@ -6,6 +6,7 @@ import torch
 
 from vistok.models.generators.maskgit import MaskGITBert
 from vistok.models.tokenizers.conv_titok import ConvTiTok
+from vistok.models.upstream.releases import RELEASES
 from vistok.pipelines.class_to_image import ClassToImagePipeline
 
 PRESET = {
@@ -110,3 +111,18 @@ def test_a_generator_of_another_tokenizer_is_refused(pipeline: ClassToImagePipel
     )
     with pytest.raises(ValueError, match="codebook_size is 8 there and 16 here"):
         ClassToImagePipeline(pipeline.tokenizer, other)
+
+
+def test_a_release_brings_its_sampling_settings(pipeline: ClassToImagePipeline) -> None:
+    parts = (pipeline.tokenizer, pipeline.generator)
+    settings = ClassToImagePipeline.from_release(*parts, RELEASES["maskgit-titok-l-32"]).sampling_settings()
+    assert settings == {
+        "num_inference_steps": 8,
+        "guidance_scale": 5.5,  # the release counts this schedule from 0
+        "guidance_schedule": "linear",
+        "guidance_power": 3.0,
+        "choice_temperature": 9.5,
+        "softmax_annealing": True,
+    }
+    with pytest.raises(ValueError, match="'titok-l-32' has no sampling settings"):
+        ClassToImagePipeline.from_release(*parts, RELEASES["titok-l-32"])

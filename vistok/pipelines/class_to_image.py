@@ -13,6 +13,8 @@ from vistok.decoding.guidance import make_guidance
 from vistok.decoding.masked import MaskedSamplingParams, generate_masked
 from vistok.models.generators.base import MaskedGenerator
 from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.models.upstream.maskgit import sampling_settings
+from vistok.models.upstream.releases import Release
 from vistok.pipelines.base import ImagePipeline, ImagePipelineOutput, StepEnd, check_output_type
 
 Label = int | str
@@ -59,6 +61,19 @@ class ClassToImagePipeline(ImagePipeline):
             choice_temperature=choice_temperature,
             softmax_annealing=softmax_annealing,
         )
+
+    @classmethod
+    def from_release(
+        cls, tokenizer: ImageTokenizer, generator: MaskedGenerator, release: Release
+    ) -> ClassToImagePipeline:
+        """The pipeline of a published generator, with the sampling settings of its release as the preset.
+
+        Raises:
+            ValueError: the release is not a generator's, or as for the constructor.
+        """
+        if release.sampling is None:
+            raise ValueError(f"release {release.name!r} has no sampling settings: it is not a generator")
+        return cls(tokenizer, generator, **sampling_settings(release.sampling))
 
     @torch.no_grad()
     def __call__(

@@ -1,0 +1,125 @@
+"""The emoji report with stand-ins: what it counts, what it samples with, what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import vistok
+from vistok.data.emoji import read_index
+from vistok.eval import emoji as report_command
+from vistok.eval.emoji import main, markdown
+from vistok.eval.emoji_measures import draw_names, evaluate_emoji, first_by_name
+from vistok.eval.neighbours import chance_level, nearest, share_of
+
+
+def measure(pipeline, folder, extractor, **options):
+    return evaluate_emoji(pipeline, folder, model="fake", extractor=extractor, num_names=15, **options)
+
+
+def test_a_perfect_model_is_recognised(pipeline, emoji_folder, extractor):
+    report = measure(pipeline, emoji_folder, extractor)
+    assert (report.generated.every.share, report.generated.every.num_images) == (1.0, 30)
+    assert (report.generated.train.num_images, report.generated.heldout.num_images) == (24, 6)
+    assert report.reconstructed.every.num_images == 15
+    assert report.chance == pytest.approx(1 / 3)
+    assert (report.num_real, report.num_subcategories) == (18, 3)
+    assert (report.fid.num_real, report.fid.num_fake) == (15, 30)  # one per name, without the variants
+    assert report.reconstruction.num_images == 3
+
+
+def test_a_model_that_fails_on_held_out_names(pipeline, emoji_folder, extractor, emoji_colours):
+    for name in emoji_colours:
+        if name.endswith("4"):
+            pipeline.colours[name] = (20, 250, 20) if name.startswith("fruit") else (250, 20, 20)
+    report = measure(pipeline, emoji_folder, extractor)
+    assert (report.generated.train.share, report.generated.heldout.share) == (1.0, 0.0)
+    assert report.generated.every.share == pytest.approx(24 / 30)
+
+
+def test_every_image_has_its_own_seed_and_the_settings_are_recorded(pipeline, emoji_folder, extractor):
+    report = measure(pipeline, emoji_folder, extractor, seeds_per_name=4, sampling={"temperature": 0.5})
+    seeds = [seed for call in pipeline.calls for seed in call["seed"]]
+    prompts = [prompt for call in pipeline.calls for prompt in call["prompt"]]
+    assert seeds == list(range(60)) and prompts[:15] == prompts[45:]
+    assert all(call["temperature"] == 0.5 and "guidance_scale" not in call for call in pipeline.calls)
+    assert report.sampling == {"guidance_scale": 3.0, "temperature": 0.5}
+
+
+def test_names_are_drawn_by_seed_alone():
+    names = [f"name {number}" for number in range(50)]
+    assert draw_names(names, 10, 0) == draw_names(names[::-1], 10, 0) != draw_names(names, 10, 1)
+    assert len(set(draw_names(names, 50, 0))) == 50
+    with pytest.raises(ValueError, match="50 names, fewer than the 51"):
+        draw_names(names, 51, 0)
+
+
+def test_the_entry_without_skin_tone_stands_for_a_name(emoji_folder):
+    emoji = read_index(emoji_folder)
+    chosen = first_by_name(emoji[::-1])
+    assert len(chosen) == 15
+    assert all(emoji[::-1][index].skin_tone == "" for index in chosen.values())
+
+
+def test_neighbours_are_by_angle():
+    bank = torch.tensor([[10.0, 0.0], [0.0, 0.1]])
+    assert nearest(torch.tensor([[1.0, 0.2], [5.0, 9.0]]), bank).tolist() == [0, 1]
+
+
+def test_shares_and_chance():
+    assert share_of([True, False, False, True]).share == 0.5
+    assert share_of([]).share is None and str(share_of([])) == "–"
+    assert chance_level(["a", "b"], ["a", "a", "a", "b"]) == pytest.approx((3 / 4 + 1 / 4) / 2)
+
+
+def test_markdown_states_value_and_protocol(pipeline, emoji_folder, extractor):
+    text = markdown(measure(pipeline, emoji_folder, extractor))
+    assert "| Recognised, held-out names | 100.0 % of 6 |" in text
+    assert "| Chance | 33.3 % |" in text
+    for part in (
+        "15 names drawn with seed 0, 2 images each",
+        "guidance_scale 3.0",
+        "Machine: ",
+        "mean-colour",
+    ):
+        assert part in text
+
+
+def test_command_writes_report_and_pictures(pipeline, emoji_folder, extractor, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vistok, "load", lambda name: pipeline, raising=False)
+    monkeypatch.setattr(report_command, "load_extractor", lambda name, device: extractor)
+    out = tmp_path / "tables" / "fake"
+    main(
+        [
+            "--data",
+            str(emoji_folder),
+            "--model",
+            "fake",
+            "--out",
+            str(out),
+            "--num-names",
+            "6",
+            "--top-k",
+            "9",
+        ]
+    )
+    assert sorted(path.name for path in out.iterdir()) == [
+        "reconstructions.png",
+        "report.json",
+        "report.md",
+        "samples.png",
+    ]
+    written = json.loads((out / "report.json").read_text())
+    assert written["sampling"]["top_k"] == 9 and written["num_names"] == 6
+    assert json.loads(capsys.readouterr().out) == written
+    assert Image.open(out / "samples.png").width == 6 * (128 + 16) + 16
+
+
+def test_command_without_data_leaves_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2 and "python -m vistok.data.emoji" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
