@@ -143,8 +143,13 @@ def _system(weights: dict[str, torch.Tensor], folder: Path) -> str:
 
 
 def _load_release(release: Release, hub: dict[str, Any]) -> Any:
+    if release.tokenizer is not None and release.tokenizer not in RELEASES:
+        raise ValueError(
+            f"{release.name} makes tokens of {release.tokenizer}, which vistok {vistok.__version__} does not have; "
+            f"`vistok convert {release.system} CHECKPOINT -o DIR` gives the generator alone"
+        )
     file = _release_file(release, hub)
-    model = upstream.load(release.system, upstream.read_checkpoint(file), release.config).eval()
+    model: Any = upstream.load(release.system, upstream.read_checkpoint(file), release.config).eval()
     if release.tokenizer is None:
         return model
     from vistok.pipelines.class_to_image import ClassToImagePipeline

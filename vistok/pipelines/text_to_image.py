@@ -27,7 +27,8 @@ class TextToImagePipeline(ImagePipeline):
         ValueError: tokenizer and generator do not fit.
     """
 
-    model_cpu_offload_seq = "generator->tokenizer"
+    generator: TextAR
+    model_cpu_offload_seq = "generator->tokenizer"  # type: ignore[assignment]
 
     def __init__(
         self,

@@ -89,13 +89,12 @@ class TextAR(NextTokenGenerator):
         return torch.full((batch_size, self.text_length), PAD_BYTE, dtype=torch.int64)
 
     def new_cache(self, batch_size: int) -> KVCache:
-        attn: SelfAttention = self.blocks[0].attn
         return KVCache(
             depth=len(self.blocks),
             batch_size=batch_size,
-            num_heads=attn.num_heads,
+            num_heads=self.config["num_heads"],
             max_length=self.text_length // TEXT_STRIDE + self.num_tokens,
-            head_dim=attn.proj.in_features // attn.num_heads,
+            head_dim=self.config["dim"] // self.config["num_heads"],
             dtype=self.dtype,
             device=self.device,
         )
