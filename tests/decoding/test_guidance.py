@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+from vistok.decoding.guidance import ConstantGuidance, LinearGuidance, PowerCosineGuidance, apply_guidance
+
+
+def test_scale_one_gives_back_the_conditional_prediction():
+    cond, uncond = torch.randn(2, 5), torch.randn(2, 5)
+    torch.testing.assert_close(apply_guidance(cond, uncond, 1.0), cond)
+    torch.testing.assert_close(apply_guidance(cond, uncond, 0.0), uncond)
+    torch.testing.assert_close(apply_guidance(cond, uncond, 3.0), cond + 2 * (cond - uncond))
+
+
+@pytest.mark.parametrize("schedule", [LinearGuidance(5.0), PowerCosineGuidance(5.0)])
+def test_ramps_start_off_and_rise_towards_the_scale(schedule):
+    scales = [schedule.at(step, 10) for step in range(10)]
+    assert scales[0] == 1.0
+    assert scales == sorted(scales)
+    assert 4.0 < scales[-1] < 5.0
+
+
+def test_constant_is_constant():
+    assert {ConstantGuidance(2.5).at(step, 4) for step in range(4)} == {2.5}
