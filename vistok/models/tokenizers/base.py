@@ -19,6 +19,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     """
 
     image_size: int  # height and width in pixels
+    patch_size: int = 1  # pixels per side of what one patch or latent covers; smaller pictures hold nothing to encode
     num_tokens: int  # the most tokens an image can have
     codebook_size: int | None  # None for a continuous tokenizer
     variable_length: bool = False

@@ -57,6 +57,7 @@ class ConvTiTok(ImageTokenizer):
         if image_size % PATCH_SIZE:
             raise ValueError(f"image_size {image_size} is not a multiple of the patch size {PATCH_SIZE}")
         self.image_size = image_size
+        self.patch_size = PATCH_SIZE
         self.num_tokens = num_tokens
         self.quantizer = FSQ(levels)
         self.codebook_size = self.quantizer.codebook_size

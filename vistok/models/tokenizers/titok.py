@@ -75,6 +75,7 @@ class TiTok(ImageTokenizer):
     ) -> None:
         super().__init__()
         self.image_size = image_size
+        self.patch_size = encoder_patch_size
         self.num_tokens = num_tokens
         self.codebook_size = codebook_size
         two_stage = pixel_codebook_size is not None
@@ -182,6 +183,7 @@ class TiTokVAE(ImageTokenizer):
     ) -> None:
         super().__init__()
         self.image_size = image_size
+        self.patch_size = encoder_patch_size
         self.num_tokens = num_tokens
         self.codebook_size = None
         self.encoder = TiTokEncoder(

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from vistok import TextAR
+from vistok.decoding.guidance import ConstantGuidance
+from vistok.decoding.next_token import generate_next_token
+from vistok.decoding.streams import ImageStreams
+
+SMALL = {"codebook_size": 20, "num_tokens": 6, "text_length": 16, "dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 48}
+
+
+@pytest.fixture
+def model() -> TextAR:
+    torch.manual_seed(0)
+    return TextAR(**SMALL).eval()
+
+
+@torch.inference_mode()
+def test_cached_steps_equal_the_training_pass(model):
+    condition = model.encode_text(["a dog", "猫"])
+    indices = torch.randint(20, (2, 6), generator=torch.Generator().manual_seed(0))
+    expected = model(condition, indices)
+    cache = model.new_cache(2)
+    logits = [model.prefill(condition, cache)]
+    logits += [model.step(indices[:, i], cache) for i in range(5)]
+    torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_rolled_back_cache_continues_as_if_nothing_had_been_appended(model):
+    condition = model.encode_text(["a dog"])
+    cache = model.new_cache(1)
+    model.prefill(condition, cache)
+    length = cache.length
+    expected = model.step(torch.tensor([3]), cache)
+    cache.rollback(length)
+    model.step(torch.tensor([7]), cache)
+    cache.rollback(length)
+    torch.testing.assert_close(model.step(torch.tensor([3]), cache), expected)
+
+
+@torch.inference_mode()
+def test_logits_do_not_depend_on_later_tokens(model):
+    condition = model.encode_text(["x"])
+    indices = torch.zeros(1, 6, dtype=torch.int64)
+    changed = indices.clone()
+    changed[:, 3:] = 5
+    assert torch.equal(model(condition, indices)[:, :4], model(condition, changed)[:, :4])
+
+
+@pytest.mark.parametrize("guidance", [ConstantGuidance(1.0), ConstantGuidance(3.0)])
+def test_the_same_seed_gives_the_same_tokens_at_batch_1_and_16(model, guidance):
+    prompts = [f"prompt {i}" for i in range(16)]
+    together = generate_next_token(
+        model, model.encode_text(prompts), streams=ImageStreams.from_seeds(range(16)), guidance=guidance
+    )
+    alone = generate_next_token(
+        model, model.encode_text(prompts[5:6]), streams=ImageStreams.from_seeds([5]), guidance=guidance
+    )
+    assert torch.equal(alone[0], together[5])
+    assert len(together.unique(dim=0)) > 1
+
+
+def test_samples_of_the_first_token_follow_the_model(model):
+    """Chi-square over many images with one prompt; 43.8 is the 0.999 quantile at 19 degrees of freedom."""
+    num = 4000
+    condition = model.encode_text(["dog"]).expand(num, -1)
+    drawn = generate_next_token(model, condition, streams=ImageStreams.from_seeds(range(num)))[:, 0]
+    with torch.inference_mode():
+        probs = model.prefill(condition[:1], model.new_cache(1))[0].softmax(dim=0).double()
+    expected = probs * num
+    counts = torch.bincount(drawn, minlength=20)
+    assert ((counts - expected) ** 2 / expected).sum() < 43.8
+
+
+def test_guidance_of_one_does_not_compute_the_unconditional_branch(model, monkeypatch):
+    monkeypatch.setattr(model, "null_condition", lambda batch_size: pytest.fail("unconditional branch was run"))
+    generate_next_token(model, model.encode_text(["dog"]), streams=ImageStreams.from_seeds([0]))
+
+
+def test_every_parameter_gets_a_gradient_and_dropout_only_acts_in_training():
+    model = TextAR(**SMALL, dropout=0.5)
+    condition, indices = model.encode_text(["dog"]), torch.arange(6)[None]
+    model(condition, indices).log_softmax(dim=-1)[..., 0].sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert not torch.equal(model(condition, indices), model(condition, indices))
+    model.eval()
+    assert torch.equal(model(condition, indices), model(condition, indices))
+
+
+@torch.inference_mode()
+def test_save_and_load_are_bit_exact(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = TextAR.from_pretrained(tmp_path).eval()
+    condition, indices = model.encode_text(["dog"]), torch.arange(6)[None]
+    assert torch.equal(loaded(condition, indices), model(condition, indices))
+
+
+def test_empty_and_long_prompts_are_refused(model):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        model.encode_text(["dog", "  "])
+    with pytest.raises(ValueError, match="has 17 bytes, this model reads at most 16"):
+        model.encode_text(["x" * 17])
+    assert model.encode_text(["é" * 8]).shape == (1, 16)  # 16 bytes just fit
