@@ -8,15 +8,19 @@ import urllib.error
 import urllib.request
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 import vistok
 from vistok.models import upstream
+from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.upstream.releases import RELEASES, Release, matching_releases
 from vistok.zoo import shipped
+
+if TYPE_CHECKING:
+    from vistok.pipelines.base import ImagePipeline
 
 
 class WeightsUnavailableError(FileNotFoundError):
@@ -64,6 +68,37 @@ def load(
     return model.to(device) if dtype == torch.float32 else model.to(device, dtype)
 
 
+def load_pipeline(name_or_path: str | Path, **options: Any) -> ImagePipeline:
+    """A pipeline, by the arguments of `load`.
+
+    Raises:
+        ValueError, WeightsUnavailableError: as `load`, or the model is only a part of a pipeline.
+    """
+    from vistok.pipelines.base import ImagePipeline
+
+    model = load(name_or_path, **options)
+    if not isinstance(model, ImagePipeline):
+        raise ValueError(
+            f"{name_or_path} is a {type(model).__name__}, not a pipeline that draws images; see `vistok models`"
+        )
+    return model
+
+
+def load_tokenizer(name_or_path: str | Path, **options: Any) -> ImageTokenizer:
+    """A tokenizer, or the one of a pipeline, by the arguments of `load`.
+
+    Raises:
+        ValueError, WeightsUnavailableError: as `load`, or the model is a generator.
+    """
+    model = load(name_or_path, **options)
+    tokenizer = getattr(model, "tokenizer", model)
+    if not isinstance(tokenizer, ImageTokenizer):
+        raise ValueError(
+            f"{name_or_path} is a {type(model).__name__}, not a tokenizer or a pipeline; see `vistok models`"
+        )
+    return tokenizer
+
+
 def known_names() -> list[str]:
     """Every name that `load` resolves by itself."""
     return [*shipped(), *RELEASES]
@@ -94,7 +129,9 @@ def _load_pipeline(folder: Path) -> Any:
         # diffusers imports whatever library the file names, so only our own classes may be named.
         if isinstance(entry, list) and entry[0] is not None:
             if entry[0] != "vistok":
-                raise ValueError(f"{folder}: {part} is of the library {entry[0]!r}; only vistok's classes are loaded")
+                raise ValueError(
+                    f"{folder}: {part} is of the library {entry[0]!r}; only vistok's classes are loaded"
+                )
             _public_class(entry[1], folder / "model_index.json")
     return _load_ours(_public_class(index.get("_class_name", ""), folder / "model_index.json"), folder)
 
@@ -138,7 +175,9 @@ def _load_file(path: Path) -> Any:
 def _system(weights: dict[str, torch.Tensor], folder: Path) -> str:
     fitting = matching_releases(weights)
     if not fitting:
-        raise ValueError(f"{folder} has neither our layout nor that of a known release; see `vistok convert --help`")
+        raise ValueError(
+            f"{folder} has neither our layout nor that of a known release; see `vistok convert --help`"
+        )
     return fitting[0].system
 
 
@@ -167,7 +206,10 @@ def _release_file(release: Release, hub: dict[str, Any]) -> Path:
     try:
         _require_hub(hub)
         return Path(hf_hub_download(release.hub_id, weights, **hub))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises for no network, no repository, no file
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # what huggingface_hub raises for no network, no repository, no file
         raise WeightsUnavailableError(
             f"{release.name} needs {weights} ({release.size_mb} MB) of the hub repository {release.hub_id}, which "
             f"could not be had ({_first_line(error)}); download it elsewhere and put it at {by_hand / weights}"

@@ -121,7 +121,7 @@ class Trap:
 
 def test_inception_refuses_code_and_other_files(hub):
     torch.save({"fc.weight": Trap(hub / "sprung")}, hub / "trap.pth")
-    (hub / "raw.pth").write_bytes(pickle.dumps(Trap(hub / "sprung")))
+    (hub / "raw.pth").write_bytes(pickle.dumps(Trap(hub / "sprung"), protocol=2))
     (hub / "page.pth").write_text("<html>not found</html>")
     torch.save({"fc.weight": torch.zeros(2)}, hub / "other.pth")
     for name in ("trap.pth", "raw.pth", "page.pth"):

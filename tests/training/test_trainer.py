@@ -86,7 +86,12 @@ def test_training_lowers_the_loss(tmp_path):
 def test_a_generator_trains_on_the_tokens_of_a_trained_tokenizer(tmp_path):
     run(tokenizer_recipe(), tmp_path / "tokenizer")
     model = {"codebook_size": 16, "num_tokens": 4, "dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
-    task = {"data": str(FIXTURES), "tokenizer": str(tmp_path / "tokenizer" / "model"), "source_size": 32, "variants": 2}
+    task = {
+        "data": str(FIXTURES),
+        "tokenizer": str(tmp_path / "tokenizer" / "model"),
+        "source_size": 32,
+        "variants": 2,
+    }
     recipe = Recipe("next-token", model, task, optimization=OPTIMIZATION, checkpoint_every=3)
     measured = run(recipe, tmp_path / "generator")
     assert 0 < measured["train_nll"] < 4 and 0 < measured["heldout_nll"] < 4
@@ -111,7 +116,10 @@ def test_shipped_recipes_parse():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kind: tokenizer\nmodel: {}\ntask: {}\noptimization: {learning_rate: 1}", "unknown key 'learning_rate'"),
+        (
+            "kind: tokenizer\nmodel: {}\ntask: {}\noptimization: {learning_rate: 1}",
+            "unknown key 'learning_rate'",
+        ),
         ("kind: tokenizer\nmodle: {}\ntask: {}", "did you mean 'model'"),
         ("- 1", "not a recipe"),
         ("a: [", "not valid YAML"),

@@ -66,7 +66,9 @@ def load_tokens(path: Path | str) -> TokenFile:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a token file, or is truncated: {error}") from None
     if metadata.get("format") != FORMAT or "lengths" not in data:
-        raise ValueError(f"{path} is not a token file of vistok (format {FORMAT}); `vistok tokenize` writes them")
+        raise ValueError(
+            f"{path} is not a token file of vistok (format {FORMAT}); `vistok tokenize` writes them"
+        )
     try:
         tokens = Tokens(
             indices=data.get("indices"),

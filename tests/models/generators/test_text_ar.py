@@ -6,7 +6,15 @@ from vistok.decoding.guidance import ConstantGuidance
 from vistok.decoding.next_token import generate_next_token
 from vistok.decoding.streams import ImageStreams
 
-SMALL = {"codebook_size": 20, "num_tokens": 6, "text_length": 16, "dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 48}
+SMALL = {
+    "codebook_size": 20,
+    "num_tokens": 6,
+    "text_length": 16,
+    "dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_dim": 48,
+}
 
 
 @pytest.fixture
@@ -74,7 +82,9 @@ def test_samples_of_the_first_token_follow_the_model(model):
 
 
 def test_guidance_of_one_does_not_compute_the_unconditional_branch(model, monkeypatch):
-    monkeypatch.setattr(model, "null_condition", lambda batch_size: pytest.fail("unconditional branch was run"))
+    monkeypatch.setattr(
+        model, "null_condition", lambda batch_size: pytest.fail("unconditional branch was run")
+    )
     generate_next_token(model, model.encode_text(["dog"]), streams=ImageStreams.from_seeds([0]))
 
 

@@ -19,7 +19,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     """
 
     image_size: int  # height and width in pixels
-    patch_size: int = 1  # pixels per side of what one patch or latent covers; smaller pictures hold nothing to encode
+    patch_size: int = 1  # pixels per side of what one patch covers; a smaller picture holds nothing to encode
     num_tokens: int  # the most tokens an image can have
     codebook_size: int | None  # None for a continuous tokenizer
     variable_length: bool = False
@@ -42,7 +42,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+            )
         return f"{type(self).__name__}-{digest.hexdigest()[:16]}"
 
     @property

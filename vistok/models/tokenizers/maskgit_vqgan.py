@@ -56,6 +56,7 @@ class MaskGITVQGAN(ImageTokenizer):
             raise ValueError(f"image_size {image_size} is not a multiple of {self.downsample_factor}")
         grid_size = image_size // self.downsample_factor
         self.image_size = image_size
+        self.patch_size = self.downsample_factor
         self.num_tokens = grid_size**2
         self.layout = Layout((grid_size, grid_size))
         self.codebook_size = codebook_size

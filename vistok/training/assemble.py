@@ -1,0 +1,51 @@
+"""Join a trained tokenizer and generator into a shippable pipeline folder, in half precision.
+
+`python -m vistok.training.assemble runs/tokenizer/model runs/generator/model -o vistok/zoo/emoji-64 --top-p 0.95`
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vistok.files import atomic_path
+from vistok.models.generators.text_ar import TextAR
+from vistok.models.tokenizers.conv_titok import ConvTiTok
+from vistok.pipelines.text_to_image import TextToImagePipeline
+
+
+def assemble(tokenizer: Path, generator: Path, folder: Path, **preset: Any) -> None:
+    """Write the pipeline of two trained models with `preset` as its sampling settings; weights become float16.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        ValueError: the two do not fit each other.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; remove it first")
+    parts: list[Any] = [ConvTiTok.from_pretrained(tokenizer), TextAR.from_pretrained(generator)]
+    tokenizer_model, generator_model = (part.to(torch.float16) for part in parts)
+    pipeline = TextToImagePipeline(tokenizer_model, generator_model, **preset)
+    with atomic_path(folder) as partial:
+        pipeline.save_pretrained(partial)
+
+
+def main() -> None:
+    """Command line of `assemble`."""
+    parser = argparse.ArgumentParser(description="Join a tokenizer and a generator into a pipeline folder.")
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("generator", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    options = vars(parser.parse_args())
+    assemble(options.pop("tokenizer"), options.pop("generator"), options.pop("output"), **options)
+
+
+if __name__ == "__main__":
+    main()
