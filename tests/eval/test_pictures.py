@@ -82,6 +82,17 @@ def test_strip_pairs_and_psnr():
     assert (texts[0] != texts[1]).any()  # 28.1 dB and 48.1 dB
 
 
+def test_a_long_label_leaves_the_psnr_readable():
+    label = "raised hand with part between middle and ring fingers and more"
+    texts = [
+        np.asarray(reconstruction_strip(tiles(1), [Image.new("RGB", (64, 64), colour)], [label]))[
+            MARGIN + 128 :
+        ]
+        for colour in ((210, 40, 40), (201, 31, 31))
+    ]
+    assert (texts[0] != texts[1]).any()
+
+
 def test_errors():
     with pytest.raises(ValueError, match="2 labels for 3 pictures"):
         grid(tiles(3), ["a", "b"])

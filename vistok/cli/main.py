@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -75,6 +76,6 @@ def _every_command(
     logging.getLogger("vistok").setLevel(logging.INFO)
 
 
-def main() -> None:
-    """Run the command line of this process."""
-    app(prog_name="vistok")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command, that of this process by default; always ends with SystemExit."""
+    app(arguments, prog_name="vistok")

@@ -91,7 +91,7 @@ def detokenize(
     content, place, kind = load_tokens(source), choose_device(device), choose_dtype(dtype)
     name = model or content.model
     tokenizer = load_tokenizer(name)
-    content.check_tokenizer(tokenizer)
+    content.check_maker(tokenizer.identity())
     tokenizer.to(place, kind)
     started = time.perf_counter()
     images = decode_tokens(tokenizer, content.tokens, batch_size=batch_size)

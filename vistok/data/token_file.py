@@ -28,6 +28,14 @@ class TokenFile:
         if len(self.sources) != len(self.tokens):
             raise ValueError(f"{len(self.tokens)} images, but {len(self.sources)} source names")
 
+    def check_maker(self, identity: str) -> None:
+        """Raises ValueError unless the tokenizer of that `ImageTokenizer.identity()` made these tokens."""
+        if identity != self.tokenizer:
+            raise ValueError(
+                f"these tokens are of {self.tokenizer}, which was loaded as {self.model!r}, and not of {identity}; "
+                "decode them with the tokenizer that made them"
+            )
+
 
 def save_tokens(path: Path | str, content: TokenFile) -> None:
     """Write a file of tokens, atomically.

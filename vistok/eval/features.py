@@ -218,7 +218,7 @@ def _inception_file() -> Path:
     except (OSError, RuntimeError) as error:  # no network, no permission; or another file came
         raise FileNotFoundError(
             f"Inception-v3 needs {path.name}, and it could not be downloaded from {url} ({error}). Put it at {path}, "
-            "or say where it is (`weights_path`, `--weights`). `--extractor efficientnet-lite0` comes as a package; "
+            "or say where it is (`weights_path`, `--extractor-weights`). `--extractor efficientnet-lite0` comes as a package; "
             "its distances are not comparable with Inception's"
         ) from None
     return path

