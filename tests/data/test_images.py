@@ -52,6 +52,11 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path, value: int, exp
     assert pixel(tmp_path / "a.png", 1) == (255,) * 3
 
 
+def test_a_dark_sixteen_bit_picture_stays_dark(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 2), 200, np.uint16)).save(tmp_path / "a.png")
+    assert pixel(tmp_path / "a.png") == (1, 1, 1)
+
+
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.tif")
     assert pixel(tmp_path / "a.tif") == (255, 0, 0)

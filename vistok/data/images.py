@@ -34,7 +34,8 @@ def open_rgb(path: Path) -> Image.Image:
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):  # 16-bit or wider greyscale
         values = np.asarray(picture, dtype=np.float32)
-        scale = 1.0 if values.max(initial=0) <= 255 else 255 / 65535
+        is_wide = picture.mode.startswith("I;16") or values.max(initial=0) > 255
+        scale = 255 / 65535 if is_wide else 1.0
         picture = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")

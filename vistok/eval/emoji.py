@@ -71,6 +71,7 @@ def markdown(report: EmojiReport) -> str:
     rows = [
         ("Held-out reconstruction, PSNR", f"{rebuilt.psnr:.2f} dB"),
         ("Held-out reconstruction, SSIM", f"{rebuilt.ssim:.3f}"),
+        ("Reconstruction of all images, PSNR", f"{report.reconstruction_all.psnr:.2f} dB"),
         *_codebook_rows(report),
         ("Recognised, all names", str(report.generated.every)),
         ("Recognised, training names", str(report.generated.train)),
@@ -107,6 +108,7 @@ def _codebook_rows(report: EmojiReport) -> list[tuple[str, str]]:
     return [
         ("Held-out codebook usage", f"{100 * result.codebook_usage:.1f} % of {result.codebook_size}"),
         ("Held-out codebook entropy", f"{result.codebook_entropy:.2f} bits"),
+        ("Codebook usage on all images", f"{100 * (report.reconstruction_all.codebook_usage or 0):.1f} %"),
     ]
 
 

@@ -48,6 +48,7 @@ class EmojiReport:
     num_subcategories: int
     sampling: dict[str, Any]
     reconstruction: ReconstructionResult  # held-out emoji
+    reconstruction_all: ReconstructionResult  # all emoji
     generated: Recognition
     reconstructed: Recognition  # upper bound: the tokenizer's reconstruction of the emoji that was asked for
     chance: float
@@ -79,7 +80,7 @@ def evaluate_emoji(
         folder: the set built by `vistok.data.emoji`.
         model: its name, for the report.
         extractor: features in which images are compared.
-        num_names: distinct emoji names to draw, from both splits.
+        num_names: distinct emoji names to draw, from both splits; those too long for the generator are left out.
         seeds_per_name: images per name; image j of name i uses seed `i + j * num_names`.
         seed: of the choice of names.
         sampling: what to sample with instead of the pipeline's preset, by name of the argument.
@@ -90,7 +91,9 @@ def evaluate_emoji(
     """
     sampling = sampling or {}
     reals = RealSet.read(folder, pipeline.tokenizer.image_size, extractor)
-    names = draw_names(list(reals.by_name), num_names, seed)
+    text_length = pipeline.generator.text_length
+    readable = [name for name in reals.by_name if len(name.encode()) <= text_length]
+    names = draw_names(readable, num_names, seed)
     prompts = names * seeds_per_name
     started = time.perf_counter()
     generated = generate(pipeline, prompts, list(range(len(prompts))), sampling)
@@ -107,6 +110,7 @@ def evaluate_emoji(
         num_subcategories=len(set(reals.subcategories)),
         sampling=pipeline.sampling_settings(**sampling),
         reconstruction=evaluate_reconstruction(pipeline.tokenizer, folder / "heldout"),
+        reconstruction_all=evaluate_reconstruction(pipeline.tokenizer, folder),
         generated=recognise(prompts, made.features, reals),
         reconstructed=recognise(names, bound.features, reals),
         chance=chance_level([reals.named(name).subcategory for name in names], reals.subcategories),

