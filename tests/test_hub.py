@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import vistok
 from tests.tiny import save_tiny_pipeline
@@ -102,11 +103,17 @@ def fill_with_html(weights: Path) -> None:
     weights.write_text("<!DOCTYPE html><html></html>")
 
 
-@pytest.mark.parametrize("damage", [drop, cut, rename, fill_with_html])
+def rename_one_key(weights: Path) -> None:
+    tensors = load_file(weights)
+    tensors["encoder.morn.weight"] = tensors.pop("encoder.norm.weight")
+    save_file(tensors, weights)
+
+
+@pytest.mark.parametrize("damage", [drop, cut, rename, fill_with_html, rename_one_key])
 @pytest.mark.parametrize("part", ["", "tokenizer"])
 def test_damaged_weights(copy: Path, damage, part: str) -> None:
     damage(copy / "tokenizer" / WEIGHTS)
-    with pytest.raises(ValueError, match="does not hold a complete (TextToImagePipeline|ConvTiTok)"):
+    with pytest.raises(ValueError, match="does not hold a complete ConvTiTok: .{20}"):
         vistok.load(copy / part)
 
 
@@ -152,8 +159,6 @@ def test_hub_ids_without_network(offline) -> None:
 
 
 def test_a_lone_file_of_unknown_weights(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="not one of the known releases.*vistok convert SYSTEM CHECKPOINT"):
         vistok.load(tmp_path / "a.safetensors")

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import vistok
 from vistok.models import upstream
 from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.models.upstream.keys import mismatches
 from vistok.models.upstream.releases import RELEASES, Release, matching_releases
 from vistok.zoo import shipped
 
@@ -125,6 +127,8 @@ def _load_folder(folder: Path) -> Any:
 
 def _load_pipeline(folder: Path) -> Any:
     index = json.loads((folder / "model_index.json").read_text())
+    pipeline_class = _public_class(index.get("_class_name", ""), folder / "model_index.json")
+    parts = {}
     for part, entry in index.items():
         # diffusers imports whatever library the file names, so only our own classes may be named.
         if isinstance(entry, list) and entry[0] is not None:
@@ -132,19 +136,28 @@ def _load_pipeline(folder: Path) -> Any:
                 raise ValueError(
                     f"{folder}: {part} is of the library {entry[0]!r}; only vistok's classes are loaded"
                 )
-            _public_class(entry[1], folder / "model_index.json")
-    return _load_ours(_public_class(index.get("_class_name", ""), folder / "model_index.json"), folder)
+            parts[part] = _load_ours(_public_class(entry[1], folder / "model_index.json"), folder / part)
+    return pipeline_class.from_pretrained(folder, **parts, local_files_only=True)
 
 
 def _load_ours(model_class: Any, folder: Path) -> Any:
     try:
-        for file in sorted(folder.rglob("*.safetensors")):
-            with safe_open(file, framework="pt"):  # reads the header: a truncated file does not get further
-                pass
-        loaded = model_class.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
+        _check_weights(model_class, folder)
+        model = model_class.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} does not hold a complete {model_class.__name__}: {error}") from None
-    return loaded.eval() if isinstance(loaded, torch.nn.Module) else loaded
+    return model.eval()
+
+
+def _check_weights(model_class: Any, folder: Path) -> None:
+    """Raises ValueError unless the weights fit the configuration; diffusers would make up what is missing."""
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    with torch.device("meta"):
+        model = model_class.from_config(model_class.load_config(folder, local_files_only=True))
+    if weights and (problems := mismatches(model, weights)):
+        raise ValueError("; ".join(problems))
 
 
 def _public_class(name: str, source: Path) -> Any:

@@ -46,7 +46,7 @@ def test_detokenize_decodes_with_the_model_named_in_the_file(
     run, model: Path, pictures: Path, out: Path
 ) -> None:
     run("tokenize", pictures, "-o", out / "t.safetensors", "--model", model)
-    finished = run("detokenize", out / "t.safetensors", "-o", out / "back/")
+    finished = run("detokenize", out / "t.safetensors", "-o", f"{out}/back/")
     assert finished.code == 0, finished.stderr
     names = sorted(path.name for path in (out / "back").iterdir())
     assert names == ["000-alpha.png", "001-cmyk.png", "002-moving.png", "003-sixteen.png"]

@@ -13,8 +13,6 @@ from vistok.cli.options import AsJson
 from vistok.cli.output import report
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from vistok.models.upstream.releases import Release
     from vistok.zoo import ShippedModel
 
@@ -114,7 +112,7 @@ def model_facts(model: Any) -> dict[str, Any]:
     return facts | _part_facts(model)
 
 
-def _part_facts(part: nn.Module) -> dict[str, Any]:
+def _part_facts(part: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "class": type(part).__name__,
         "parameters": sum(parameter.numel() for parameter in part.parameters()),

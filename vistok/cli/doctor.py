@@ -15,17 +15,15 @@ from vistok.cli.options import AsJson, available_devices
 from vistok.cli.output import report
 
 PACKAGES = (
-    *(
-        "torch",
-        "torchvision",
-        "diffusers",
-        "timm",
-        "einops",
-        "torch-fidelity",
-        "safetensors",
-        "huggingface_hub",
-    ),
-    *("pillow", "numpy"),
+    "torchvision",
+    "diffusers",
+    "timm",
+    "einops",
+    "torch-fidelity",
+    "safetensors",
+    "huggingface_hub",
+    "pillow",
+    "numpy",
 )
 OPTIONAL = {  # package -> the extra that brings it, and what needs it
     "xformers": "gpu: another attention backend",
@@ -53,6 +51,8 @@ def doctor(as_json: AsJson = False) -> None:
 
 def diagnose() -> dict[str, dict[str, Any]]:
     """Facts by topic; each a name and what there is to say of it."""
+    import torch
+
     from vistok.eval.machine import describe_machine
 
     machine = asdict(describe_machine())
@@ -60,6 +60,7 @@ def diagnose() -> dict[str, dict[str, Any]]:
         "versions": {
             "python": platform.python_version(),
             "vistok": vistok.__version__,
+            "torch": torch.__version__,  # with the CUDA version it was built for
             **{name: _version(name) or "MISSING: reinstall vistok" for name in PACKAGES},
         },
         "optional_packages": {

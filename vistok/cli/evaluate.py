@@ -111,7 +111,7 @@ def _conditions(pipeline: ImagePipeline, prompts: Path | None) -> list[Any]:
 
 
 def samples(
-    pipeline: ImagePipeline,
+    pipeline: Any,
     conditions: Sequence[Any],
     num_images: int,
     *,

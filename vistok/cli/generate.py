@@ -44,7 +44,7 @@ def generate(
     from vistok.hub import load_pipeline
 
     started = time.perf_counter()
-    pipeline = load_pipeline(model, device=choose_device(device), dtype=choose_dtype(dtype))
+    pipeline: Any = load_pipeline(model, device=choose_device(device), dtype=choose_dtype(dtype))
     sampling = sampling_settings(
         pipeline, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
     )

@@ -28,8 +28,10 @@ class Commands(TyperGroup):
             message = explain(error)
             if message is None:
                 raise
-            typer.echo(f"vistok: error: {message}", err=True)
-            raise typer.Exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else BAD_INPUT) from None
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            end_of_line = "\n" if is_interrupt else ""  # of a progress bar and the terminal's ^C
+            typer.echo(f"{end_of_line}vistok: error: {message}", err=True)
+            raise typer.Exit(INTERRUPTED if is_interrupt else BAD_INPUT) from None
 
 
 def _options(**more: Any) -> dict[str, Any]:

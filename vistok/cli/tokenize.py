@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,11 @@ from vistok.cli.options import (
     choose_dtype,
 )
 from vistok.cli.output import PictureOutput, check_file, report
+
+if TYPE_CHECKING:
+    import torch
+
+    from vistok.models.tokenizers.base import ImageTokenizer
 
 TOKEN_SUFFIXES = (".safetensors",)
 
@@ -49,7 +54,7 @@ def tokenize(
     files, place, kind = image_files(source), choose_device(device), choose_dtype(dtype)
     tokenizer = load_tokenizer(model)
     identity = tokenizer.identity()  # of the weights as they are stored, before they are rounded to `dtype`
-    tokenizer.to(place, kind)
+    _move(tokenizer, place, kind)
     started = time.perf_counter()
     tokens = encode_files(tokenizer, files, num_tokens=num_tokens, batch_size=batch_size)
     seconds = time.perf_counter() - started
@@ -92,7 +97,7 @@ def detokenize(
     name = model or content.model
     tokenizer = load_tokenizer(name)
     content.check_maker(tokenizer.identity())
-    tokenizer.to(place, kind)
+    _move(tokenizer, place, kind)
     started = time.perf_counter()
     images = decode_tokens(tokenizer, content.tokens, batch_size=batch_size)
     seconds = time.perf_counter() - started
@@ -110,3 +115,9 @@ def detokenize(
         tokens_per_second=round(total / seconds, 1),
         output=output,
     )
+
+
+def _move(tokenizer: ImageTokenizer, device: str, dtype: torch.dtype) -> None:
+    tokenizer.to(device)
+    if tokenizer.dtype != dtype:  # diffusers warns of every change of type, even of none
+        tokenizer.to(dtype=dtype)
