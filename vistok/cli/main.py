@@ -75,7 +75,6 @@ def _every_command(
     ] = False,
 ) -> None:
     logging.basicConfig(format="vistok: %(message)s", stream=sys.stderr)
-    logging.getLogger("vistok").setLevel(logging.INFO)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

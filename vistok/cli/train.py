@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,12 +27,16 @@ def train(
     """Train a model; the same command continues an interrupted run."""
     path = find_recipe(recipe)
     _check_run_folder(output)
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from vistok.training.recipe import load_recipe
     from vistok.training.run import run
 
     content, place = load_recipe(path), choose_device(device)
+    logging.getLogger("vistok").setLevel(logging.INFO)  # held-out measurements, above the progress bar
     started = time.perf_counter()
-    measured = run(content, output, device=place)
+    with logging_redirect_tqdm():
+        measured = run(content, output, device=place)
     report(
         "train",
         recipe=content.to_dict(),

@@ -33,6 +33,9 @@ class GeneratorOptions:
     variants: int = 8  # tokenized copies of each picture; the first is not augmented
     text_dropout: float = 0.1  # share of samples without text, for classifier-free guidance
     color_words: float = 0.3  # share of pictures of one clear colour that are captioned with it
+    token_noise: float = (
+        0.8  # largest share of a picture's tokens that the model sees those of another one for
+    )
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ class Captioned:
 
 
 class NextTokenTask:
-    """Cross-entropy of the image tokens given the text. A batch draws names evenly, then one picture of each."""
+    """Cross-entropy of the image tokens given the text. A batch draws names evenly, then one picture of each.
+
+    A model that sees only true tokens recognises a picture by its first few and forgets the text; when it then samples,
+    one unlucky token leads it astray. So it sees tokens of other pictures mixed in, by a share drawn per picture.
+    """
 
     def __init__(
         self,
@@ -105,8 +112,8 @@ class NextTokenTask:
             indices.append(tokenizer.encode(varied.to(self.device)).data.cpu())
         return Captioned(torch.cat(indices), colors)
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Texts `[b text_length]` and tokens `[b n]`."""
+    def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Texts `[b text_length]`, the tokens to predict `[b n]`, and the noisy ones that the model sees `[b n]`."""
         chance = random.Random(int(torch.randint(2**62, (), generator=generator)))
         texts, indices = [], []
         for _ in range(batch_size):
@@ -118,7 +125,11 @@ class NextTokenTask:
         dropped = torch.rand(batch_size, generator=generator) < self.options.text_dropout
         condition = self._encode(texts)
         condition = torch.where(dropped[:, None], self.model.null_condition(batch_size), condition)
-        return condition.to(self.device), torch.stack(indices).to(self.device)
+        target = torch.stack(indices)
+        share = torch.rand(batch_size, 1, generator=generator) * self.options.token_noise
+        is_noise = torch.rand(target.shape, generator=generator) < share
+        seen = torch.where(is_noise, target.roll(1, dims=0), target)
+        return condition.to(self.device), target.to(self.device), seen.to(self.device)
 
     def _text(self, emoji: Emoji, color: str | None, augmented: bool, chance: random.Random) -> str:
         # The colour of an augmented picture may not be what its name says, so the caption tells it.
@@ -129,11 +140,11 @@ class NextTokenTask:
         longest = self.model.text_length
         return self.model.encode_text([text.encode()[:longest].decode(errors="ignore") for text in texts])
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Mean negative log-likelihood per token in nats."""
-        condition, indices = batch
-        logits = self.model(condition, indices)
-        return F.cross_entropy(logits.float().flatten(0, 1), indices.flatten()), {}
+        condition, target, seen = batch
+        logits = self.model(condition, seen)
+        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten()), {}
 
     @torch.inference_mode()
     def evaluate(self, model: Any) -> dict[str, float]:

@@ -111,7 +111,10 @@ class TextAR(NextTokenGenerator):
         return self._logits(embedded, cache)[:, -1]
 
     def forward(self, condition: Tensor, indices: Tensor) -> Tensor:
-        """Training pass: text `[b text_length]` and image tokens `[b n]` -> logits `[b n codebook_size]`."""
+        """Training pass: text `[b text_length]` and the tokens seen so far `[b n]` -> logits `[b n codebook_size]`.
+
+        Logits at a position follow from the text and the tokens before it.
+        """
         embedded = torch.cat(
             [self.start_embed.expand(len(indices), -1, -1), self.token_embed(indices[:, :-1])], dim=1
         )
