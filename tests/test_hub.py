@@ -43,7 +43,7 @@ def draw(pipeline) -> torch.Tensor:
 def test_folders_of_pipelines_and_their_parts(saved: Path) -> None:
     pipeline = vistok.load(saved)
     assert isinstance(pipeline, vistok.TextToImagePipeline)
-    assert not pipeline.generator.training and not pipeline.tokenizer.training
+    assert not pipeline.transformer.training and not pipeline.tokenizer.training
     tokenizer = vistok.load(str(saved / "tokenizer"))
     assert isinstance(tokenizer, vistok.ConvTiTok) and not tokenizer.training
     for name, tensor in pipeline.tokenizer.state_dict().items():
@@ -53,16 +53,16 @@ def test_folders_of_pipelines_and_their_parts(saved: Path) -> None:
 def test_shipped_names(saved: Path, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(saved, tmp_path / "zoo" / "tiny-16")
     monkeypatch.setattr("vistok.zoo.ZOO", tmp_path / "zoo")
-    assert {"tiny-16", "tiny-16/tokenizer", "tiny-16/generator", "titok-l-32"} <= set(known_names())
+    assert {"tiny-16", "tiny-16/tokenizer", "tiny-16/transformer", "titok-l-32"} <= set(known_names())
     assert torch.equal(draw(vistok.load("tiny-16")), draw(vistok.load(saved)))
-    assert isinstance(vistok.load("tiny-16/generator"), vistok.TextAR)
+    assert isinstance(vistok.load("tiny-16/transformer"), vistok.TextAR)
     with pytest.raises(ValueError, match="unknown model 'tiny-61'.*did you mean 'tiny-16'"):
         vistok.load("tiny-61")
 
 
 def test_dtype(saved: Path) -> None:
-    assert vistok.load(saved, dtype=torch.bfloat16).generator.dtype == torch.bfloat16
-    assert vistok.load(saved).generator.dtype == torch.float32
+    assert vistok.load(saved, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+    assert vistok.load(saved).transformer.dtype == torch.float32
 
 
 def test_parts_by_kind(saved: Path) -> None:
@@ -71,7 +71,7 @@ def test_parts_by_kind(saved: Path) -> None:
     with pytest.raises(ValueError, match="is a ConvTiTok, not a pipeline"):
         load_pipeline(saved / "tokenizer")
     with pytest.raises(ValueError, match="is a TextAR, not a tokenizer"):
-        load_tokenizer(saved / "generator")
+        load_tokenizer(saved / "transformer")
 
 
 @pytest.mark.parametrize("name", ["titok-l-23", "titok_l_32", "TiTok-L-32x"])

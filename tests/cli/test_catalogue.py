@@ -22,7 +22,7 @@ def test_models_lists_shipped_models_and_every_release(run, shipped_model) -> No
     finished = run("models")
     assert finished.code == 0, finished.stderr
     rows = {line.split()[0]: line for line in finished.stdout.splitlines() if line}
-    assert {"tiny-16", "tiny-16/tokenizer", "tiny-16/generator", *RELEASES} <= rows.keys()
+    assert {"tiny-16", "tiny-16/tokenizer", "tiny-16/transformer", *RELEASES} <= rows.keys()
     assert "MIT" in rows["tiny-16"] and "PSNR (measured): 9.5" in rows["tiny-16"]
     for name, release in RELEASES.items():
         assert f" {release.size_mb} " in rows[name] and release.licence in rows[name]
@@ -38,7 +38,7 @@ def test_info_of_a_shipped_model(run, shipped_model) -> None:
     facts = json.loads(run("info", "tiny-16", "--json").stdout)["model"]
     assert facts["description"] == "nothing yet" and facts["licence"] == "MIT"
     assert facts["class"] == "TextToImagePipeline" and facts["sampling"]["top_p"] == 0.9
-    assert facts["parts"]["tokenizer"]["num_tokens"] == 6 and facts["parts"]["generator"]["text_length"] == 16
+    assert facts["parts"]["tokenizer"]["num_tokens"] == 6 and facts["parts"]["transformer"]["text_length"] == 16
     assert facts["parts"]["tokenizer"]["parameters"] > 0
     assert facts["parts"]["tokenizer"]["identity"].startswith("ConvTiTok-")
 

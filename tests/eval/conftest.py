@@ -58,7 +58,7 @@ class RememberingPipeline:
 
     def __init__(self, tokenizer: ImageTokenizer, colours: dict[str, tuple[int, int, int]]) -> None:
         self.tokenizer = tokenizer
-        self.generator = SimpleNamespace(text_length=64)
+        self.transformer = SimpleNamespace(text_length=64)
         self.colours = colours
         self.calls: list[dict] = []
 

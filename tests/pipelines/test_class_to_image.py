@@ -114,7 +114,7 @@ def test_a_generator_of_another_tokenizer_is_refused(pipeline: ClassToImagePipel
 
 
 def test_a_release_brings_its_sampling_settings(pipeline: ClassToImagePipeline) -> None:
-    parts = (pipeline.tokenizer, pipeline.generator)
+    parts = (pipeline.tokenizer, pipeline.transformer)
     settings = ClassToImagePipeline.from_release(*parts, RELEASES["maskgit-titok-l-32"]).sampling_settings()
     assert settings == {
         "num_inference_steps": 8,

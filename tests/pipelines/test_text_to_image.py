@@ -75,7 +75,7 @@ def test_saved_pipeline_loads_in_a_fresh_process_and_draws_the_same(pipeline, tm
     expected = pipeline("a", seed=3, output_type="tokens").images.data.tolist()
     assert result.stdout.strip() == f"{expected} 0.9"
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["generator"] == ["vistok", "TextAR"]
+    assert index["transformer"] == ["vistok", "TextAR"]
 
 
 def test_callback_sees_every_step(pipeline):
@@ -112,7 +112,7 @@ def test_bad_calls_are_refused(pipeline, arguments, message):
 def test_a_pipeline_of_foreign_classes_is_not_loaded(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    index["generator"] = ["os", "system"]
+    index["transformer"] = ["os", "system"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="library 'os'"):
         vistok.load(tmp_path)

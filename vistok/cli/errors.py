@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-DISK_FULL = "disk full: nothing was written; free some space and run the command again"
+DISK_FULL = "disk full: nothing half-written is left behind; free some space and run the command again"
 # Writers that do not pass the system's own error on: safetensors and torch.save say it in words only.
 DISK_FULL_WORDS = ("No space left on device", "PytorchStreamWriter failed writing")
 

@@ -99,7 +99,7 @@ def _is_picture_folder(path: Path) -> bool:
 
 def _conditions(pipeline: ImagePipeline, prompts: Path | None) -> list[Any]:
     """The prompts of a file, or every class of a class-conditional model."""
-    num_classes = getattr(pipeline.generator, "num_classes", None)
+    num_classes = getattr(pipeline.transformer, "num_classes", None)
     if prompts is None and num_classes is not None:
         return list(range(num_classes))
     if prompts is None:

@@ -64,7 +64,7 @@ def generate(
         dtype=dtype,
         load_seconds=round(loaded - started, 3),
         seconds=round(seconds, 3),
-        tokens_per_second=round(len(pictures) * pipeline.generator.num_tokens / seconds, 1),
+        tokens_per_second=round(len(pictures) * pipeline.transformer.num_tokens / seconds, 1),
         output=output,
     )
 

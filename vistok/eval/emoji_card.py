@@ -58,7 +58,7 @@ def write_card(report_folder: Path, model_folder: Path) -> None:
 
     report = json.loads((report_folder / "report.json").read_text(encoding="utf-8"))
     pipeline = vistok.load(model_folder)
-    tokenizer, generator = pipeline.tokenizer, pipeline.generator
+    tokenizer, transformer = pipeline.tokenizer, pipeline.transformer
     metrics = headline(report)
     facts = {
         "description": f"text -> 3D emoji at {tokenizer.image_size} px",
@@ -71,9 +71,9 @@ def write_card(report_folder: Path, model_folder: Path) -> None:
         image_size=tokenizer.image_size,
         num_tokens=tokenizer.num_tokens,
         bits=(tokenizer.codebook_size - 1).bit_length(),
-        text_length=generator.text_length,
+        text_length=transformer.text_length,
         tokenizer_parameters=tokenizer.num_parameters() / 1e6,
-        generator_parameters=generator.num_parameters() / 1e6,
+        generator_parameters=transformer.num_parameters() / 1e6,
         table="\n".join(["| Measure | Value |", "|---|---|", *(f"| {k} | {v} |" for k, v in metrics.items())]),
     )
     for name, text in (("facts.json", json.dumps(facts, indent=2) + "\n"), ("README.md", card)):

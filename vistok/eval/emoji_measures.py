@@ -91,7 +91,7 @@ def evaluate_emoji(
     """
     sampling = sampling or {}
     reals = RealSet.read(folder, pipeline.tokenizer.image_size, extractor)
-    text_length = pipeline.generator.text_length
+    text_length = pipeline.transformer.text_length
     readable = [name for name in reals.by_name if len(name.encode()) <= text_length]
     names = draw_names(readable, num_names, seed)
     prompts = names * seeds_per_name

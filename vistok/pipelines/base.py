@@ -35,18 +35,21 @@ class ImagePipelineOutput(BaseOutput):
 
 
 class ImagePipeline(DiffusionPipeline):
-    """A tokenizer and a generator that fit each other."""
+    """A tokenizer and an image model that fit each other.
+
+    The model is called `transformer`, as in diffusers: `generator` is always a `torch.Generator`.
+    """
 
     tokenizer: ImageTokenizer
-    generator: Generator
+    transformer: Generator
 
-    def _check_fit(self, tokenizer: ImageTokenizer, generator: Generator) -> None:
-        """Raises ValueError when the generator's tokens are not the tokenizer's."""
+    def _check_fit(self, tokenizer: ImageTokenizer, transformer: Generator) -> None:
+        """Raises ValueError when the transformer's tokens are not the tokenizer's."""
         for name in ("codebook_size", "num_tokens", "layout"):
-            left, right = getattr(tokenizer, name), getattr(generator, name)
+            left, right = getattr(tokenizer, name), getattr(transformer, name)
             if left != right:
                 raise ValueError(
-                    f"{type(generator).__name__} does not fit {type(tokenizer).__name__}: "
+                    f"{type(transformer).__name__} does not fit {type(tokenizer).__name__}: "
                     f"{name} is {right} there and {left} here"
                 )
 

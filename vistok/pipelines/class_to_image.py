@@ -25,22 +25,22 @@ class ClassToImagePipeline(ImagePipeline):
 
     Args:
         tokenizer: decodes the tokens.
-        generator: a masked generator.
+        transformer: a masked generator.
         num_inference_steps, guidance_scale, choice_temperature: the preset, used where a call does not say otherwise.
         guidance_schedule, guidance_power: see `make_guidance`.
         softmax_annealing: see `MaskedSamplingParams`.
 
     Raises:
-        ValueError: tokenizer and generator do not fit, or a setting is outside its range.
+        ValueError: tokenizer and transformer do not fit, or a setting is outside its range.
     """
 
-    model_cpu_offload_seq = "generator->tokenizer"  # type: ignore[assignment]
-    generator: MaskedGenerator
+    model_cpu_offload_seq = "transformer->tokenizer"  # type: ignore[assignment]
+    transformer: MaskedGenerator
 
     def __init__(
         self,
         tokenizer: ImageTokenizer,
-        generator: MaskedGenerator,
+        transformer: MaskedGenerator,
         num_inference_steps: int = 8,
         guidance_scale: float = 1.0,
         guidance_schedule: str = "constant",
@@ -49,10 +49,10 @@ class ClassToImagePipeline(ImagePipeline):
         softmax_annealing: bool = False,
     ) -> None:
         super().__init__()
-        self._check_fit(tokenizer, generator)
+        self._check_fit(tokenizer, transformer)
         make_guidance(guidance_schedule, guidance_scale, guidance_power)
         MaskedSamplingParams(num_inference_steps, choice_temperature, softmax_annealing)
-        self.register_modules(tokenizer=tokenizer, generator=generator)
+        self.register_modules(tokenizer=tokenizer, transformer=transformer)
         self.register_to_config(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -64,7 +64,7 @@ class ClassToImagePipeline(ImagePipeline):
 
     @classmethod
     def from_release(
-        cls, tokenizer: ImageTokenizer, generator: MaskedGenerator, release: Release
+        cls, tokenizer: ImageTokenizer, transformer: MaskedGenerator, release: Release
     ) -> ClassToImagePipeline:
         """The pipeline of a published generator, with the sampling settings of its release as the preset.
 
@@ -73,7 +73,7 @@ class ClassToImagePipeline(ImagePipeline):
         """
         if release.sampling is None:
             raise ValueError(f"release {release.name!r} has no sampling settings: it is not a generator")
-        return cls(tokenizer, generator, **sampling_settings(release.sampling))
+        return cls(tokenizer, transformer, **sampling_settings(release.sampling))
 
     @torch.no_grad()
     def __call__(
@@ -117,7 +117,7 @@ class ClassToImagePipeline(ImagePipeline):
             settings["num_inference_steps"], settings["choice_temperature"], settings["softmax_annealing"]
         )
         indices = generate_masked(
-            self.generator,
+            self.transformer,
             labels.repeat_interleave(num_images_per_prompt),
             streams=self._streams(seed, generator, len(labels), num_images_per_prompt),
             sampling=sampling,
@@ -141,7 +141,7 @@ class ClassToImagePipeline(ImagePipeline):
         return torch.tensor([self._class_index(label) for label in labels])
 
     def _class_index(self, label: Label) -> int:
-        num_classes = self.generator.num_classes
+        num_classes = self.transformer.num_classes
         if isinstance(label, str) and not label.strip().isdecimal():
             if num_classes != NUM_CLASSES:
                 raise ValueError(

@@ -20,28 +20,28 @@ class TextToImagePipeline(ImagePipeline):
 
     Args:
         tokenizer: decodes the tokens.
-        generator: a next-token generator with `encode_text`.
+        transformer: a next-token generator with `encode_text`.
         guidance_scale, temperature, top_k, top_p: the preset, used where a call does not say otherwise.
 
     Raises:
-        ValueError: tokenizer and generator do not fit.
+        ValueError: tokenizer and transformer do not fit.
     """
 
-    generator: TextAR
-    model_cpu_offload_seq = "generator->tokenizer"  # type: ignore[assignment]
+    transformer: TextAR
+    model_cpu_offload_seq = "transformer->tokenizer"  # type: ignore[assignment]
 
     def __init__(
         self,
         tokenizer: ImageTokenizer,
-        generator: TextAR,
+        transformer: TextAR,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
     ) -> None:
         super().__init__()
-        self._check_fit(tokenizer, generator)
-        self.register_modules(tokenizer=tokenizer, generator=generator)
+        self._check_fit(tokenizer, transformer)
+        self.register_modules(tokenizer=tokenizer, transformer=transformer)
         self.register_to_config(
             guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
@@ -88,16 +88,16 @@ class TextToImagePipeline(ImagePipeline):
         sampling = SamplingParams(
             temperature=settings["temperature"], top_k=settings["top_k"], top_p=settings["top_p"]
         )
-        condition = self.generator.encode_text(
+        condition = self.transformer.encode_text(
             [text for text in prompts for _ in range(num_images_per_prompt)]
         )
         indices = generate_next_token(
-            self.generator,
+            self.transformer,
             condition,
             streams=self._streams(seed, generator, len(prompts), num_images_per_prompt),
             sampling=sampling,
             guidance=ConstantGuidance(settings["guidance_scale"]),
-            on_step=self._step_callback(callback_on_step_end, self.generator.num_tokens),
+            on_step=self._step_callback(callback_on_step_end, self.transformer.num_tokens),
         )
         return self._output(indices, output_type, return_dict)
 
