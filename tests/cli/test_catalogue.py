@@ -38,7 +38,9 @@ def test_info_of_a_shipped_model(run, shipped_model) -> None:
     facts = json.loads(run("info", "tiny-16", "--json").stdout)["model"]
     assert facts["description"] == "nothing yet" and facts["licence"] == "MIT"
     assert facts["class"] == "TextToImagePipeline" and facts["sampling"]["top_p"] == 0.9
-    assert facts["parts"]["tokenizer"]["num_tokens"] == 6 and facts["parts"]["transformer"]["text_length"] == 16
+    assert (
+        facts["parts"]["tokenizer"]["num_tokens"] == 6 and facts["parts"]["transformer"]["text_length"] == 16
+    )
     assert facts["parts"]["tokenizer"]["parameters"] > 0
     assert facts["parts"]["tokenizer"]["identity"].startswith("ConvTiTok-")
 

@@ -29,11 +29,11 @@ def test_one_image_is_saved_plainly_and_is_what_the_library_draws(run, model: Pa
 
 
 def test_several_images_make_one_labelled_grid(run, model: Path, out: Path) -> None:
-    finished = run("generate", "cat", "dog", "-o", out / "grid.png", "--model", model, "--num-images", 3)
+    finished = run("generate", "cat", "dog", "-o", out / "grid.png", "--model", model, "--num-images", 4)
     assert finished.code == 0, finished.stderr
-    assert json.loads(finished.stdout)["num_images"] == 6
+    assert json.loads(finished.stdout)["num_images"] == 8
     width, height = Image.open(out / "grid.png").size
-    assert 3 * 128 < width < 4 * 128 and 2 * 128 < height < 3 * 128  # a row for each prompt
+    assert 4 * 128 < width < 5 * 128 and 2 * 128 < height < 3 * 128  # a row for each prompt
 
 
 def test_a_folder_gets_one_png_each(run, model: Path, out: Path) -> None:

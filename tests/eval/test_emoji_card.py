@@ -13,7 +13,14 @@ REPORT = {
 
 def test_card_and_facts_repeat_the_report(tmp_path):
     tokenizer = vistok.ConvTiTok(
-        image_size=16, num_tokens=6, levels=(5, 4), dim=16, num_heads=2, encoder_depth=1, decoder_depth=1, conv_dim=8
+        image_size=16,
+        num_tokens=6,
+        levels=(5, 4),
+        dim=16,
+        num_heads=2,
+        encoder_depth=1,
+        decoder_depth=1,
+        conv_dim=8,
     )
     generator = vistok.TextAR(codebook_size=20, num_tokens=6, dim=16, depth=1, num_heads=2, mlp_dim=16)
     vistok.TextToImagePipeline(tokenizer, generator).save_pretrained(tmp_path / "tiny")

@@ -14,7 +14,7 @@ from vistok.cli.output import PictureOutput, report
 if TYPE_CHECKING:
     from vistok.pipelines.base import ImagePipeline
 
-MOST_COLUMNS = 8
+COLUMNS, MOST_COLUMNS = 6, 8
 
 
 def generate(
@@ -51,8 +51,8 @@ def generate(
     loaded = time.perf_counter()
     pictures = pipeline(prompts, num_images_per_prompt=num_images, seed=seed, **sampling).images
     seconds = time.perf_counter() - loaded
-    columns = num_images if 1 < num_images <= MOST_COLUMNS else 6
-    target.save(pictures, [prompt for prompt in prompts for _ in range(num_images)], columns)
+    labels = [prompt for prompt in prompts for _ in range(num_images)]
+    target.save(pictures, labels, _columns(num_images))
     report(
         "generate",
         model=model,
@@ -84,3 +84,8 @@ def sampling_settings(pipeline: ImagePipeline, **given: Any) -> dict[str, Any]:
                 f"{option} is not a setting of a {type(pipeline).__name__}; it has {', '.join(known)}"
             )
     return chosen
+
+
+def _columns(num_images: int) -> int:
+    """About COLUMNS, and such that no prompt's images are broken over rows unless there are very many."""
+    return num_images * max(1, COLUMNS // num_images) if num_images <= MOST_COLUMNS else COLUMNS

@@ -74,7 +74,9 @@ def write_card(report_folder: Path, model_folder: Path) -> None:
         text_length=transformer.text_length,
         tokenizer_parameters=tokenizer.num_parameters() / 1e6,
         generator_parameters=transformer.num_parameters() / 1e6,
-        table="\n".join(["| Measure | Value |", "|---|---|", *(f"| {k} | {v} |" for k, v in metrics.items())]),
+        table="\n".join(
+            ["| Measure | Value |", "|---|---|", *(f"| {k} | {v} |" for k, v in metrics.items())]
+        ),
     )
     for name, text in (("facts.json", json.dumps(facts, indent=2) + "\n"), ("README.md", card)):
         with atomic_path(model_folder / name) as partial:
