@@ -65,7 +65,8 @@ class TextAR(NextTokenGenerator):
         self.blocks = nn.ModuleList(TextARBlock(dim, num_heads, mlp_dim, dropout) for _ in range(depth))
         self.norm = RMSNorm(dim)
         self.head = nn.Linear(dim, codebook_size, bias=False)
-        self.apply(_init_weights)
+        for part in (self.token_embed, self.blocks, self.head):
+            part.apply(_init_weights)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """UTF-8 bytes of the prompts, `[b text_length]` int64, filled up with `PAD_BYTE`.
@@ -136,6 +137,11 @@ class ByteEncoder(nn.Module):
         self.conv1 = nn.Conv1d(dim // 2, dim, 5, padding=2)
         self.conv2 = nn.Conv1d(dim, dim, 4, stride=TEXT_STRIDE, padding=1)
         self.position_embed = nn.Parameter(torch.randn(1, text_length // TEXT_STRIDE, dim) * 0.02)
+        # What the bytes say must outweigh biases and positions from the start, or the text is never listened to.
+        nn.init.normal_(self.embed.weight)
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight)
+            nn.init.zeros_(conv.bias)
 
     def forward(self, text: Tensor) -> Tensor:
         """`[b text_length]` int64 -> `[b text_length/2 d]`."""
