@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import vistok
 from vistok.training.augment import Augmentation
 from vistok.training.recipe import Optimization, Recipe, load_recipe
 from vistok.training.run import run
@@ -99,19 +98,6 @@ def test_a_generator_trains_on_the_tokens_of_a_trained_tokenizer(tmp_path):
     assert (tmp_path / "generator" / "model" / "config.json").exists()
 
 
-def test_the_second_stage_changes_the_decoder_and_no_token(tmp_path):
-    run(tokenizer_recipe(), tmp_path / "first")
-    start = {"start": str(tmp_path / "first" / "model")}
-    run(dataclasses.replace(tokenizer_recipe(), kind="decoder", model=start), tmp_path / "second")
-    first, second = (
-        vistok.ConvTiTok.from_pretrained(tmp_path / name / "model") for name in ("first", "second")
-    )
-    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    tokens = first.encode(images)
-    assert torch.equal(second.encode(images).data, tokens.data)
-    assert not torch.equal(second.decode(tokens), first.decode(tokens))
-
-
 def test_warm_up_and_cosine():
     options = Optimization(lr=1.0, final_lr=0.1, warmup_steps=10, num_steps=110)
     rates = [learning_rate(step, options) for step in range(110)]
@@ -124,7 +110,7 @@ def test_shipped_recipes_parse():
     recipes = sorted((Path(load_recipe.__code__.co_filename).parent / "recipes").glob("*.yaml"))
     assert len(recipes) >= 2
     for recipe in recipes:
-        assert load_recipe(recipe).kind in ("tokenizer", "decoder", "next-token")
+        assert load_recipe(recipe).kind in ("tokenizer", "next-token")
 
 
 @pytest.mark.parametrize(

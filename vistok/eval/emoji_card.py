@@ -27,6 +27,7 @@ UTF-8 text. It ships with vistok and runs on a CPU.
 
 ```python
 import vistok
+
 vistok.load("{name}")("red apple", seed=7).images[0].save("apple.png")
 ```
 

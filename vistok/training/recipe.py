@@ -32,11 +32,10 @@ class Optimization:
 class Recipe:
     """Everything a training run depends on, besides the code.
 
-    `task` holds the options of the task's own dataclass, `model` the constructor arguments of the model, or in `start`
-    the folder of a trained one.
+    `task` holds the options of the task's own dataclass, `model` the constructor arguments of the model.
     """
 
-    kind: str  # "tokenizer", "decoder" or "next-token"
+    kind: str  # "tokenizer" or "next-token"
     model: dict[str, Any]
     task: dict[str, Any]
     optimization: Optimization = field(default_factory=Optimization)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,19 +28,10 @@ def _task(recipe: Recipe, device: torch.device) -> Task:
         options = from_mapping(TokenizerOptions, recipe.task, "task")
         model = ConvTiTok(**recipe.model).to(memory_format=torch.channels_last)
         return TokenizerTask(model, options, recipe.augmentation, device)
-    if recipe.kind == "decoder":
-        from vistok.models.tokenizers.conv_titok import ConvTiTok
-        from vistok.training.tokenizer import DecoderTask, TokenizerOptions
-
-        options = from_mapping(TokenizerOptions, recipe.task, "task")
-        trained: Any = ConvTiTok.from_pretrained(recipe.model["start"])
-        return DecoderTask(
-            trained.to(memory_format=torch.channels_last), options, recipe.augmentation, device
-        )
     if recipe.kind == "next-token":
         from vistok.models.generators.text_ar import TextAR
         from vistok.training.generator import GeneratorOptions, NextTokenTask
 
         data = from_mapping(GeneratorOptions, recipe.task, "task")
         return NextTokenTask(TextAR(**recipe.model), data, recipe.augmentation, device, recipe.seed)
-    raise ValueError(f"unknown kind of training {recipe.kind!r}; known: tokenizer, decoder, next-token")
+    raise ValueError(f"unknown kind of training {recipe.kind!r}; known: tokenizer, next-token")

@@ -71,19 +71,6 @@ class TokenizerTask:
         }
 
 
-class DecoderTask(TokenizerTask):
-    """A second stage in the manner of TiTok: the decoder goes on training on the codes of the frozen encoder.
-
-    Tokens stay what they were, so generators of them need no new training.
-    """
-
-    def __init__(
-        self, model: ConvTiTok, options: TokenizerOptions, augmentation: Augmentation, device: torch.device
-    ) -> None:
-        super().__init__(model, options, augmentation, device)
-        model.encoder.requires_grad_(False)
-
-
 def psnr_from_mse(mse: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of a mean squared error between images in [-1, 1]."""
     return 10 * torch.log10(4 / mse)

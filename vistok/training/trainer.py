@@ -116,8 +116,6 @@ def make_optimizer(model: nn.Module, options: Optimization) -> torch.optim.AdamW
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         is_matrix = parameter.ndim >= 2 and not any(word in name for word in ("embed", "position", "latents"))
         (decayed if is_matrix else plain).append(parameter)
     groups = [

@@ -141,6 +141,7 @@ class ByteEncoder(nn.Module):
         nn.init.normal_(self.embed.weight)
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight)
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
     def forward(self, text: Tensor) -> Tensor:
