@@ -217,28 +217,27 @@ def _release_file(release: Release, hub: dict[str, Any]) -> Path:
     if (by_hand / weights).is_file():
         return by_hand / weights
     try:
-        _require_hub(hub)
-        return Path(hf_hub_download(release.hub_id, weights, **hub))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # what huggingface_hub raises for no network, no repository, no file
+        return Path(hf_hub_download(release.hub_id, weights, **_local_if_offline(hub)))
+    except (OSError, ValueError) as error:  # huggingface_hub's for no network, no repository, no file
         raise WeightsUnavailableError(
             f"{release.name} needs {weights} ({release.size_mb} MB) of the hub repository {release.hub_id}, which "
-            f"could not be had ({_first_line(error)}); download it elsewhere and put it at {by_hand / weights}"
+            f"could not be had ({_reason(error)}); download it elsewhere and put it at {by_hand / weights}"
         ) from None
 
 
-def _require_hub(hub: dict[str, Any]) -> None:
-    """Raises URLError, an OSError, at once where the hub cannot be reached; downloads would retry for half a minute."""
+def _local_if_offline(hub: dict[str, Any]) -> dict[str, Any]:
+    """`hub` for its cache alone where it does not answer; a download would retry for half a minute before it fails."""
     from huggingface_hub import constants
 
     if hub["local_files_only"] or constants.HF_HUB_OFFLINE:
-        return
+        return hub
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError:
-        return  # it answers, whatever it says to this question
+        return hub  # it answers, whatever it says to this question
+    except OSError:
+        return hub | {"local_files_only": True}
+    return hub
 
 
 def releases_folder() -> Path:
@@ -251,15 +250,18 @@ def _load_hub_id(hub_id: str, hub: dict[str, Any]) -> Any:
 
     patterns = ["*.json", "*.safetensors", "pytorch_model.bin"]
     try:
-        _require_hub(hub)
-        folder = snapshot_download(hub_id, allow_patterns=patterns, **hub)
+        folder = snapshot_download(hub_id, allow_patterns=patterns, **_local_if_offline(hub))
     except (OSError, ValueError) as error:
         raise WeightsUnavailableError(
-            f"{_unknown(hub_id)}; as a hub repository it could not be had either ({_first_line(error)}); download its "
+            f"{_unknown(hub_id)}; as a hub repository it could not be had either ({_reason(error)}); download its "
             "config.json and weights elsewhere and pass their folder"
         ) from None
     return _load_folder(Path(folder))
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub does not answer, and its cache on this machine does not have it"
     return (str(error) or type(error).__name__).splitlines()[0]
