@@ -153,9 +153,19 @@ def test_a_release_put_there_by_hand_is_read(tmp_path: Path, monkeypatch, offlin
 
 def test_hub_ids_without_network(offline) -> None:
     with pytest.raises(
-        WeightsUnavailableError, match="unknown model 'someone/model'.*no network.*pass their folder"
+        WeightsUnavailableError,
+        match="unknown model 'someone/model'.*the hub does not answer.*pass their folder",
     ):
         vistok.load("someone/model")
+
+
+def test_without_network_the_cache_of_the_hub_is_still_used(offline, saved, monkeypatch) -> None:
+    def from_cache(hub_id: str, *, local_files_only: bool, **options: object) -> str:
+        assert hub_id == "someone/model" and local_files_only
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", from_cache)
+    assert isinstance(vistok.load("someone/model"), vistok.TextToImagePipeline)
 
 
 def test_a_lone_file_of_unknown_weights(tmp_path: Path) -> None:
