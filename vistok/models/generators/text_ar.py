@@ -64,8 +64,7 @@ class TextAR(NextTokenGenerator):
         self.embed_dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(TextARBlock(dim, num_heads, mlp_dim, dropout) for _ in range(depth))
         self.norm = RMSNorm(dim)
-        self.head = nn.Linear(dim, codebook_size, bias=False)
-        for part in (self.token_embed, self.blocks, self.head):
+        for part in (self.token_embed, self.blocks):
             part.apply(_init_weights)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
@@ -125,7 +124,8 @@ class TextAR(NextTokenGenerator):
     def _logits(self, hidden_states: Tensor, cache: KVCache | None, last: int = 1) -> Tensor:
         for i, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, cache.layers[i] if cache is not None else None)
-        return self.head(self.norm(hidden_states[:, -last:]))
+        # The embedding also gives the logits (Press and Wolf 2017): half of a small model would be these two tables.
+        return F.linear(self.norm(hidden_states[:, -last:]), self.token_embed.weight)
 
 
 class ByteEncoder(nn.Module):
