@@ -39,7 +39,8 @@ vistok.load("{name}")("red apple", seed=7).images[0].save("apple.png")
   averaged models, joined by `python -m vistok.training.assemble`.
 - **Licence**: Apache-2.0.
 - **Limits**: it knows what the emoji set shows, by the names used there; other texts give the nearest thing it knows,
-  or a mixture. Colour words work on objects, not on people and flags.
+  or a mixture. Colour words work on objects, not on people and flags. The share of recognised images below says how
+  often a picture shows what was asked for.
 
 ## Measured
 
