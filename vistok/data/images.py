@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,5 +105,10 @@ def image_files(source: Path | str) -> list[Path]:
 
 def load_folder(source: Path | str, image_size: int) -> Tensor:
     """All pictures under a folder as uint8 `[n 3 image_size image_size]`, in the order of `image_files`."""
-    pictures = [resize_and_crop(open_rgb(path), image_size) for path in image_files(source)]
+    return load_files(image_files(source), image_size)
+
+
+def load_files(files: Sequence[Path], image_size: int) -> Tensor:
+    """Picture files, resized and centre-cropped, as uint8 `[n 3 image_size image_size]`."""
+    pictures = [resize_and_crop(open_rgb(path), image_size) for path in files]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)

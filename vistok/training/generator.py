@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from vistok.data.captions import can_turn_hue, captions, dominant_colors
 from vistok.data.emoji import Emoji, read_index
-from vistok.data.images import open_rgb, resize_and_crop
+from vistok.data.images import load_files
 from vistok.models.generators.text_ar import TextAR
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.tokenizers.conv_titok import ConvTiTok
@@ -80,9 +79,8 @@ class NextTokenTask:
         self.measured = {"train": (self.train, self.variants[0]), "heldout": (self.heldout, heldout)}
 
     def _load(self, emoji: list[Emoji]) -> Tensor:
-        size = self.options.source_size
-        pictures = [resize_and_crop(open_rgb(Path(self.options.data) / one.file), size) for one in emoji]
-        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+        files = [Path(self.options.data) / one.file for one in emoji]
+        return load_files(files, self.options.source_size)
 
     @torch.inference_mode()
     def _tokenize(

@@ -59,6 +59,7 @@ def train(task: Task, recipe: Recipe, folder: Path, *, device: torch.device) -> 
     ema = EMA(model, options.ema_decay)
     start = _resume(folder / "checkpoint.pt", recipe, model, optimizer, ema)
     _cut_log(folder / "metrics.jsonl", start)
+    measured: dict[str, float] = {}
     progress = tqdm(range(start, options.num_steps), initial=start, total=options.num_steps, unit="step")
     for step in progress:
         lr = learning_rate(step, options)
@@ -78,7 +79,7 @@ def train(task: Task, recipe: Recipe, folder: Path, *, device: torch.device) -> 
     averaged = _averaged(model, ema)
     with atomic_path(folder / "model") as partial:
         averaged.save_pretrained(partial)
-    return task.evaluate(averaged)
+    return measured or task.evaluate(averaged)  # a finished run that is repeated has not been measured yet
 
 
 def _step(
