@@ -8,27 +8,7 @@ import torch
 from PIL import Image
 
 import vistok
-
-TOKENIZER = {
-    "image_size": 16,
-    "num_tokens": 6,
-    "levels": (5, 4),
-    "dim": 16,
-    "encoder_depth": 1,
-    "decoder_depth": 1,
-    "num_heads": 2,
-    "conv_dim": 8,
-    "conv_depth": 1,
-}
-GENERATOR = {
-    "codebook_size": 20,
-    "num_tokens": 6,
-    "text_length": 16,
-    "dim": 16,
-    "depth": 1,
-    "num_heads": 2,
-    "mlp_dim": 16,
-}
+from tests.tiny import GENERATOR, TOKENIZER
 
 
 @pytest.fixture

@@ -90,10 +90,12 @@ class ImagePipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
 
-def check_output_type(output_type: str) -> None:
-    """Raises ValueError unless `output_type` is one of OUTPUT_TYPES."""
+def check_request(output_type: str, num_images_per_prompt: int) -> None:
+    """Raises ValueError unless `output_type` is one of OUTPUT_TYPES and at least one image per prompt is asked for."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"unknown output_type {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
 
 
 def _one_each(generator: Any, total: int) -> list[torch.Generator]:

@@ -15,7 +15,7 @@ from vistok.models.generators.base import MaskedGenerator
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.upstream.maskgit import sampling_settings
 from vistok.models.upstream.releases import Release
-from vistok.pipelines.base import ImagePipeline, ImagePipelineOutput, StepEnd, check_output_type
+from vistok.pipelines.base import ImagePipeline, ImagePipelineOutput, StepEnd, check_request
 
 Label = int | str
 
@@ -108,9 +108,7 @@ class ClassToImagePipeline(ImagePipeline):
         Raises:
             ValueError: an unknown class, an ambiguous name, or a setting outside its range.
         """
-        check_output_type(output_type)
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        check_request(output_type, num_images_per_prompt)
         labels = self.class_indices(class_labels)
         settings = self.sampling_settings(num_inference_steps, guidance_scale, choice_temperature)
         sampling = MaskedSamplingParams(

@@ -12,7 +12,7 @@ from vistok.decoding.next_token import generate_next_token
 from vistok.decoding.sampling import SamplingParams
 from vistok.models.generators.text_ar import TextAR
 from vistok.models.tokenizers.base import ImageTokenizer
-from vistok.pipelines.base import ImagePipeline, ImagePipelineOutput, StepEnd, check_output_type
+from vistok.pipelines.base import ImagePipeline, ImagePipelineOutput, StepEnd, check_request
 
 
 class TextToImagePipeline(ImagePipeline):
@@ -78,9 +78,7 @@ class TextToImagePipeline(ImagePipeline):
         Raises:
             ValueError: an empty or too long prompt, or a setting outside its range.
         """
-        check_output_type(output_type)
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        check_request(output_type, num_images_per_prompt)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("no prompt given; describe what to draw, for example 'red apple'")
