@@ -22,8 +22,12 @@ def test_golden_passes(path: Path) -> None:
 
 
 def test_every_released_kind_has_a_golden() -> None:
-    names = {path.stem for path in golden.find_goldens([GOLDENS / "titok", GOLDENS / "maskgit"])[0]}
+    names = {
+        path.stem
+        for path in golden.find_goldens([GOLDENS / name for name in ("titok", "one_d_piece", "maskgit")])[0]
+    }
     assert names == {
+        "tiny",
         "tiny_maskgit_vqgan",
         "tiny_uvit",
         "tiny_vae",
@@ -89,3 +93,11 @@ def test_manifests_are_skipped_and_nothing_to_check_is_an_error(tmp_path: Path) 
     (tmp_path / "manifest-x.json").write_text("{}")
     assert golden.main([str(tmp_path)]) == 2
     assert golden.main([str(tmp_path / "absent")]) == 2
+
+
+def test_checkpoints_beside_goldens_are_skipped(tmp_path: Path) -> None:
+    save_file({"encoder.weight": torch.zeros(1)}, tmp_path / "checkpoint.safetensors")
+    assert golden.find_goldens([tmp_path])[0] == []
+    save_file({"outputs/codes": torch.zeros(1)}, tmp_path / "half.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"\0")
+    assert [path.stem for path in golden.find_goldens([tmp_path])[0]] == ["damaged", "half"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import urllib.error
@@ -172,3 +173,75 @@ def test_a_lone_file_of_unknown_weights(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="not one of the known releases.*vistok convert SYSTEM CHECKPOINT"):
         vistok.load(tmp_path / "a.safetensors")
+
+
+def test_generators_of_one_d_piece_come_with_their_tokenizer(tmp_path: Path, monkeypatch) -> None:
+    goldens = Path(__file__).parent / "goldens"
+    manifests = {
+        "one-d-piece-b-256": goldens / "one_d_piece" / "manifest-one_d_piece_b256.json.gz",
+        "maskgit-one-d-piece-b-256": goldens / "maskgit" / "manifest-maskgit_one_d_piece_b256.json.gz",
+    }
+    for name in manifests:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_model.bin").touch()
+
+    def shapes(path: Path) -> dict[str, torch.Tensor]:
+        tensors = json.loads(gzip.decompress(manifests[path.parent.name].read_bytes()))["tensors"]
+        return {key: torch.empty(shape, device="meta") for key, shape in tensors.items()}
+
+    monkeypatch.setenv("VISTOK_HOME", str(tmp_path))
+    monkeypatch.setattr("vistok.models.upstream.read_checkpoint", shapes)
+    monkeypatch.setattr("vistok.models.upstream.stored_config", lambda path: None)
+    pipeline = vistok.load("maskgit-one-d-piece-b-256", device="meta")
+    assert type(pipeline.tokenizer) is vistok.OneDPiece
+    assert pipeline.tokenizer.num_tokens == pipeline.transformer.num_tokens == 256
+
+
+FLEX_AR = RELEASES["flexar-113m-t2i"]
+
+
+def test_a_release_that_needs_its_configuration_asks_for_it(tmp_path: Path, monkeypatch, offline) -> None:
+    monkeypatch.setenv("VISTOK_HOME", str(tmp_path))
+    (tmp_path / FLEX_AR.name).mkdir()
+    save_file({"weight": torch.zeros(1)}, tmp_path / FLEX_AR.name / "model.safetensors")
+    with pytest.raises(
+        WeightsUnavailableError, match="flexar-113m-t2i needs config.yaml of the hub repository"
+    ):
+        vistok.load(FLEX_AR.name)
+
+
+@pytest.mark.parametrize("name", ["flexar-113m-t2i", "flexar-1b-c2i"])
+def test_a_generator_of_flextok_brings_its_preset(name: str, tmp_path: Path, monkeypatch) -> None:
+    from tests.models.upstream.test_flextok_ar import GOLDENS, class_tree, text_tree
+
+    is_text = name.endswith("t2i")
+    monkeypatch.setenv("VISTOK_HOME", str(tmp_path))
+    folder = tmp_path / name
+    folder.mkdir()
+    golden = load_file(GOLDENS / f"ar_{name[-3:]}_tiny.safetensors")
+    weights = {key[8:]: value for key, value in golden.items() if key.startswith("weights/")}
+    save_file(weights, folder / "model.safetensors")
+    tree = text_tree() if is_text else class_tree()
+    (folder / "config.yaml").write_text(json.dumps(tree | {"generation": {"temperature": 0.7, "top_p": 0.0}}))
+    assert isinstance(vistok.load(folder), vistok.FlexARText if is_text else vistok.FlexARClass)
+
+    tokenizer = vistok.ConvTiTok(
+        image_size=16, num_tokens=12, levels=(25, 8), dim=16, num_heads=2, conv_dim=8, conv_depth=1
+    )
+    hub_ids = []
+    load_release = vistok.hub._load_release
+
+    def load_small(release, hub):
+        if release.system != "flextok":
+            return load_release(release, hub)
+        hub_ids.append(release.hub_id)
+        return tokenizer
+
+    monkeypatch.setattr("vistok.hub._load_release", load_small)
+    pipeline = load_release(RELEASES[name], {"local_files_only": True})
+    assert hub_ids == [f"EPFL-VILAB/flextok_d18_d28_{'dfn' if is_text else 'in1k'}"]
+    assert isinstance(pipeline, vistok.TextToImagePipeline if is_text else vistok.ClassToImagePipeline)
+    scale = 3.0 if is_text else 1.5
+    settings = {"guidance_scale": scale, "temperature": 0.7, "top_k": None, "top_p": 1.0}
+    assert pipeline.sampling_settings() == settings
+    assert pipeline.config["decode_options"]["num_inference_steps"] == 25

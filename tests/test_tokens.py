@@ -11,10 +11,38 @@ def make(rows: int = 2, length: int = 4) -> Tokens:
 def test_keep_takes_a_prefix_of_every_image():
     tokens = Tokens(indices=torch.arange(8).view(2, 4), codebook_size=8, lengths=torch.tensor([4, 1]))
     kept = tokens.keep(2)
-    assert kept.data.tolist() == [[0, 1], [4, 5]]
+    assert kept.data.tolist() == [[0, 1], [4, 0]]
     assert kept.token_counts.tolist() == [2, 1]
     with pytest.raises(ValueError, match="1..4"):
         tokens.keep(5)
+
+
+def test_keep_takes_a_length_for_each_image():
+    tokens = Tokens(indices=torch.arange(12).view(3, 4), codebook_size=12, lengths=torch.tensor([4, 2, 3]))
+    for lengths in ([1, 3, 3], torch.tensor([1, 3, 3])):
+        kept = tokens.keep(lengths)
+        assert kept.token_counts.tolist() == [1, 2, 3]  # the second had two tokens only
+        assert kept.data.tolist() == [[0, 0, 0], [4, 5, 0], [8, 9, 10]]
+    latents = Tokens(latents=torch.full((2, 3, 2), torch.nan)).keep([1, 2]).data
+    assert latents.shape == (2, 2, 2) and not latents[0, 1].any() and latents[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "message"),
+    [
+        (0, r"1\.\.4"),
+        ([1, 5], r"1\.\.4"),
+        ([1, 0], r"1\.\.4"),
+        ([1, 2, 3], "2 of them, one per image"),
+        (torch.ones(2, 1, dtype=torch.int64), "2 of them, one per image"),
+        (1.5, "one integer"),
+        (True, "one integer"),
+        (torch.tensor([1, 2], dtype=torch.int32), "one integer"),
+    ],
+)
+def test_keep_refuses_other_lengths(num_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        make().keep(num_tokens)
 
 
 def test_concatenate_pads_to_the_longest():
@@ -39,6 +67,42 @@ def test_slices_keep_lengths():
     assert tokens[1:].token_counts.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        [2, 0],
+        (2, 0),
+        torch.tensor([2, 0]),
+        slice(None, None, 2),
+        [True, False, True],
+        torch.tensor([1, 0, 1]).bool(),
+    ],
+)
+def test_images_are_chosen_by_number_slice_or_mask(images):
+    tokens = Tokens(indices=torch.arange(6).view(3, 2), codebook_size=6, lengths=torch.tensor([2, 1, 1]))
+    chosen = tokens[images]
+    expected = {0: ([0, 1], 2), 2: ([4, 5], 1)}
+    order = [0, 2] if chosen.data[0, 0] == 0 else [2, 0]
+    assert [*zip(chosen.data.tolist(), chosen.token_counts.tolist(), strict=True)] == [
+        expected[i] for i in order
+    ]
+    assert order == ([2, 0] if not isinstance(images, slice) and images[0] == 2 else [0, 2])
+
+
+def test_one_image_is_a_batch_and_no_image_too():
+    tokens = make(3)
+    assert tokens[1].data.tolist() == [[4, 5, 6, 7]] and tokens[-1].data.tolist() == [[8, 9, 10, 11]]
+    assert len(tokens[[]]) == len(tokens[torch.zeros(3, dtype=torch.bool)]) == 0
+    assert [len(image) for image in tokens] == [1, 1, 1]
+
+
+def test_the_parts_of_a_batch_join_to_the_batch():
+    tokens = Tokens(indices=torch.arange(12).view(3, 4), codebook_size=12).keep([4, 1, 2])
+    joined = concatenate([tokens[i].keep(int(tokens.token_counts[i])) for i in range(3)])
+    assert torch.equal(joined.data, tokens.data) and torch.equal(joined.token_counts, tokens.token_counts)
+    assert joined.is_token.tolist() == [[True] * 4, [True, False, False, False], [True, True, False, False]]
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout((4, 4)), Layout((2, 3, 5))])
 def test_layout_text_round_trip(layout):
     assert Layout.parse(str(layout)) == layout
@@ -53,7 +117,9 @@ def test_layout_text_round_trip(layout):
         ({"indices": torch.tensor([[0, 4]]), "codebook_size": 4}, "token id 4 is out of range"),
         ({"indices": torch.tensor([[0, -1]]), "codebook_size": 4}, "token id -1 is out of range"),
         ({"latents": torch.zeros(1, 2)}, "b n c"),
-        ({"latents": torch.zeros(1, 2, 3), "lengths": torch.tensor([3])}, "0..2"),
+        ({"latents": torch.zeros(1, 2, 3), "lengths": torch.tensor([3])}, "1..2"),
+        ({"latents": torch.zeros(1, 2, 3), "lengths": torch.tensor([0])}, "1..2"),
+        ({"latents": torch.zeros(1, 0, 3)}, "at least one token"),
         ({"latents": torch.zeros(1, 2, 3), "lengths": torch.tensor([1, 1])}, "lengths must be int64"),
     ],
 )

@@ -13,11 +13,16 @@ __version__ = "0.1.0"
 PUBLIC = {
     "ClassToImagePipeline": "vistok.pipelines.class_to_image",
     "ConvTiTok": "vistok.models.tokenizers.conv_titok",
+    "FlexARClass": "vistok.models.generators.flex_ar",
+    "FlexARText": "vistok.models.generators.flex_ar",
+    "FlexTok": "vistok.models.tokenizers.flextok",
+    "KLTokenizer": "vistok.models.tokenizers.kl",
     "Layout": "vistok.tokens",
     "MaskGITBert": "vistok.models.generators.maskgit",
     "MaskGITUViT": "vistok.models.generators.maskgit",
     "MaskGITVQGAN": "vistok.models.tokenizers.maskgit_vqgan",
     "ModelMixin": "diffusers",  # diffusers looks it up here to learn how our pipelines' parts are loaded
+    "OneDPiece": "vistok.models.tokenizers.one_d_piece",
     "TextAR": "vistok.models.generators.text_ar",
     "TextToImagePipeline": "vistok.pipelines.text_to_image",
     "TiTok": "vistok.models.tokenizers.titok",

@@ -6,6 +6,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,14 +116,21 @@ def _unknown(name: str) -> str:
 def _load_folder(folder: Path) -> Any:
     if (folder / "model_index.json").is_file():
         return _load_pipeline(folder)
-    config_file = folder / "config.json"
+    config_file = next(
+        (folder / name for name in ("config.json", "config.yaml") if (folder / name).is_file()),
+        folder / "config.json",
+    )
+    weights_file = folder / "model.safetensors"
+    if not config_file.is_file() and weights_file.is_file() and upstream.stored_config(weights_file):
+        return _load_file(weights_file)
     if not config_file.is_file():
         raise ValueError(f"{folder} holds no model: expected config.json or model_index.json in it")
     config = upstream.load_config(config_file)
-    if "_class_name" in config:
+    system = upstream.system_of_config(config)
+    if system is None and "_class_name" in config:
         return _load_ours(_public_class(config["_class_name"], config_file), folder)
     weights = upstream.read_checkpoint(_weights_file(folder))
-    return upstream.load(_system(weights, folder), weights, config).eval()
+    return upstream.load(system or _system(weights, folder), weights, config).eval()
 
 
 def _load_pipeline(folder: Path) -> Any:
@@ -167,7 +175,7 @@ def _public_class(name: str, source: Path) -> Any:
 
 
 def _weights_file(folder: Path) -> Path:
-    names = ("model.safetensors", "pytorch_model.bin")
+    names = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -176,13 +184,15 @@ def _weights_file(folder: Path) -> Path:
 
 def _load_file(path: Path) -> Any:
     weights = upstream.read_checkpoint(path)
+    if (config := upstream.stored_config(path)) is not None:
+        return upstream.load(upstream.system_of_config(config) or "", weights, config).eval()
     fitting = matching_releases(weights)
     if not fitting:
         raise ValueError(
             f"{path} is not one of the known releases; name its system and configuration: "
             "`vistok convert SYSTEM CHECKPOINT --config CONFIG -o DIR`"
         )
-    return upstream.load(fitting[0].system, weights, fitting[0].config).eval()
+    return upstream.load(fitting[0].system, weights, fitting[0].complete_config()).eval()
 
 
 def _system(weights: dict[str, torch.Tensor], folder: Path) -> str:
@@ -195,32 +205,61 @@ def _system(weights: dict[str, torch.Tensor], folder: Path) -> str:
 
 
 def _load_release(release: Release, hub: dict[str, Any]) -> Any:
-    if release.tokenizer is not None and release.tokenizer not in RELEASES:
-        raise ValueError(
-            f"{release.name} makes tokens of {release.tokenizer}, which vistok {vistok.__version__} does not have; "
-            f"`vistok convert {release.system} CHECKPOINT -o DIR` gives the generator alone"
-        )
     file = _release_file(release, hub)
-    model: Any = upstream.load(release.system, upstream.read_checkpoint(file), release.config).eval()
+    config = upstream.stored_config(file) or _release_config(release, hub)
+    model: Any = upstream.load(release.system, upstream.read_checkpoint(file), config).eval()
     if release.tokenizer is None:
         return model
+    if release.system == "flextok_ar":
+        return _flex_ar_pipeline(release, model, config, hub)
     from vistok.pipelines.class_to_image import ClassToImagePipeline
 
     return ClassToImagePipeline.from_release(_load_release(RELEASES[release.tokenizer], hub), model, release)
 
 
-def _release_file(release: Release, hub: dict[str, Any]) -> Path:
+def _flex_ar_pipeline(
+    release: Release, model: Any, config: Mapping[str, Any], hub: dict[str, Any]
+) -> ImagePipeline:
+    """With the tokenizer that the configuration names, or else the one that the release is known to go with."""
+    from vistok.models.upstream import flextok_ar
+    from vistok.pipelines.class_to_image import ClassToImagePipeline
+    from vistok.pipelines.text_to_image import TextToImagePipeline
+
+    named = flextok_ar.tokenizer_hub_id(config)
+    fitting = [
+        one
+        for one in RELEASES.values()
+        if one.hub_id == named or (not named and one.name == release.tokenizer)
+    ]
+    if not fitting:
+        raise ValueError(f"{release.name} makes tokens of {named}, which is no known release")
+    tokenizer = _load_release(fitting[0], hub)
+    settings = flextok_ar.sampling_settings({**(release.sampling or {}), **(config.get("generation") or {})})
+    is_class = hasattr(model, "num_classes")
+    pipeline_class = ClassToImagePipeline if is_class else TextToImagePipeline
+    return pipeline_class(tokenizer, model, **settings)
+
+
+def _release_config(release: Release, hub: dict[str, Any]) -> Mapping[str, Any]:
+    if release.config is None:
+        return upstream.load_config(_release_file(release, hub, release.files[1]))
+    return release.complete_config()
+
+
+def _release_file(release: Release, hub: dict[str, Any], file: str | None = None) -> Path:
+    """A file of a release, the weights by default."""
     from huggingface_hub import hf_hub_download
 
-    weights = release.files[0]
+    weights = file or release.files[0]
     by_hand = releases_folder() / release.name
     if (by_hand / weights).is_file():
         return by_hand / weights
     try:
         return Path(hf_hub_download(release.hub_id, weights, **_local_if_offline(hub)))
     except (OSError, ValueError) as error:  # huggingface_hub's for no network, no repository, no file
+        size = f" ({release.size_mb} MB)" if release.size_mb and file is None else ""
         raise WeightsUnavailableError(
-            f"{release.name} needs {weights} ({release.size_mb} MB) of the hub repository {release.hub_id}, which "
+            f"{release.name} needs {weights}{size} of the hub repository {release.hub_id}, which "
             f"could not be had ({_reason(error)}); download it elsewhere and put it at {by_hand / weights}"
         ) from None
 
@@ -248,7 +287,7 @@ def releases_folder() -> Path:
 def _load_hub_id(hub_id: str, hub: dict[str, Any]) -> Any:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "pytorch_model.bin"]
+    patterns = ["*.json", "config.yaml", "*.safetensors", "pytorch_model.bin"]
     try:
         folder = snapshot_download(hub_id, allow_patterns=patterns, **_local_if_offline(hub))
     except (OSError, ValueError) as error:

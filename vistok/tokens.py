@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +37,7 @@ class Tokens:
 
     Raises:
         ValueError: neither or both of `indices` and `latents`, a wrong shape or dtype, ids out of range,
-            or lengths outside `[0, n]`.
+            or lengths outside `1..n`.
     """
 
     indices: Tensor | None = None
@@ -81,8 +82,10 @@ class Tokens:
             raise ValueError(
                 f"lengths must be int64 [{len(self.data)}], got {lengths.dtype} {list(lengths.shape)}"
             )
-        if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > self.data.shape[1]):
-            raise ValueError(f"lengths must lie in 0..{self.data.shape[1]}, got {lengths.tolist()}")
+        if lengths.numel() and self.data.shape[1] == 0:
+            raise ValueError("an image needs at least one token, these have none")
+        if lengths.numel() and (int(lengths.min()) < 1 or int(lengths.max()) > self.data.shape[1]):
+            raise ValueError(f"lengths must lie in 1..{self.data.shape[1]}, got {lengths.tolist()}")
 
     @property
     def data(self) -> Tensor:
@@ -105,18 +108,47 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, images: slice) -> Tokens:
-        return self._with_data(self.data[images], self.token_counts[images])
+    @property
+    def is_token(self) -> Tensor:
+        """`[b n]` boolean: `True` where a token counts, `False` in the padding."""
+        positions = torch.arange(self.data.shape[1], device=self.token_counts.device)
+        return positions < self.token_counts[:, None]
 
-    def keep(self, num_tokens: int) -> Tokens:
-        """The first `num_tokens` tokens of every image (a prefix; shorter images stay as they are).
+    def __getitem__(self, images: int | slice | Sequence[int] | Sequence[bool] | Tensor) -> Tokens:
+        """Some of the images, as a batch: one by number, a slice, several by number, or those where a mask is `True`."""
+        if isinstance(images, slice):
+            return self._with_data(self.data[images], self.token_counts[images])
+        chosen = torch.as_tensor([images] if isinstance(images, int) else images).to(self.data.device)
+        if chosen.numel() == 0 and chosen.dtype != torch.bool:
+            chosen = chosen.long()
+        return self._with_data(self.data[chosen], self.token_counts[chosen.to(self.token_counts.device)])
+
+    def keep(self, num_tokens: int | Sequence[int] | Tensor) -> Tokens:
+        """A prefix of every image; images that are shorter already stay as they are.
+
+        Args:
+            num_tokens: how many tokens to keep, one number for all images or one per image `[b]` (int64).
+
+        Returns:
+            Tokens padded to the longest prefix; what was cut off is zero.
 
         Raises:
-            ValueError: `num_tokens` is not in `1..n`.
+            ValueError: a number outside `1..n`, not an integer, or not one per image.
         """
-        if not 1 <= num_tokens <= self.data.shape[1]:
-            raise ValueError(f"num_tokens must be in 1..{self.data.shape[1]}, got {num_tokens}")
-        return self._with_data(self.data[:, :num_tokens], self.token_counts.clamp(max=num_tokens))
+        wanted = torch.as_tensor(num_tokens)
+        if wanted.dtype != torch.int64 or wanted.shape not in ((), (len(self),)):
+            raise ValueError(
+                f"num_tokens must be one integer or {len(self)} of them, one per image; "
+                f"got {wanted.dtype} {list(wanted.shape)}"
+            )
+        if wanted.numel() and not 1 <= int(wanted.min()) <= int(wanted.max()) <= self.data.shape[1]:
+            raise ValueError(f"num_tokens must be in 1..{self.data.shape[1]}, got {wanted.tolist()}")
+        lengths = torch.minimum(self.token_counts, wanted.to(self.token_counts.device))
+        longest = int(lengths.max()) if len(self) else self.data.shape[1]
+        kept = self._with_data(self.data[:, :longest], lengths)
+        outside = ~kept.is_token.to(self.data.device)
+        padding = outside if self.is_discrete else outside[..., None]
+        return self._with_data(kept.data.masked_fill(padding, 0), lengths)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tokens:
         """As `Tensor.to`; the dtype applies to latents only, indices and lengths stay int64."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -65,5 +66,53 @@ def test_classes_are_drawn_by_index(run, tmp_path: Path, out: Path) -> None:
     finished = run(*command)
     assert finished.code == 0, finished.stderr
     assert json.loads(finished.stdout)["sampling"]["num_inference_steps"] == 2
+    finished = run(*command, "--num-steps", 3, "--choice-temperature", 0)
+    sampling = json.loads(finished.stdout)["sampling"]
+    assert (sampling["num_inference_steps"], sampling["choice_temperature"]) == (3, 0.0)
     refused = run(*command, "--top-k", 3)
-    assert refused.code == 2 and "--top-k is not a setting of a ClassToImagePipeline" in refused.stderr
+    assert refused.code == 2 and "--top-k is not a setting of a MaskGITBert" in refused.stderr
+    refused = run(*command, "--preview", out)
+    assert refused.code == 2 and "there are no previews" in refused.stderr
+
+
+def test_a_text_model_has_no_steps(run, model: Path, out: Path) -> None:
+    refused = run("generate", "cat", "-o", out / "a.png", "--model", model, "--num-steps", 3)
+    assert refused.code == 2 and "--num-steps is not a setting of a TextAR" in refused.stderr
+
+
+def test_fewer_tokens_with_previews_on_the_way(run, model: Path, out: Path) -> None:
+    command = ("generate", "cat", "dog", "--model", model, "--num-tokens", 4, "--seed", 2)
+    finished = run(*command, "-o", out / "a.png", "--preview", out / "steps")
+    assert finished.code == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    assert (report["num_tokens"], report["preview"]) == (4, str(out / "steps"))
+    names = {path.name for path in (out / "steps").iterdir()}
+    assert names == {"tokens-001.png", "tokens-002.png", "tokens-004.png"}
+    assert np.array_equal(pixels(out / "steps" / "tokens-004.png"), pixels(out / "a.png"))
+    assert not np.array_equal(pixels(out / "steps" / "tokens-001.png"), pixels(out / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-tokens", 7), "num_tokens must be in 1..6, got 7"),
+        (("--num-tokens", 0), "--num-tokens"),
+        (("--preview", "/nowhere/at/all"), "/nowhere/at does not exist"),
+    ],
+)
+def test_lengths_and_folders_that_cannot_be(run, model: Path, out: Path, options, message: str) -> None:
+    refused = run("generate", "cat", "-o", out / "a.png", "--model", model, *options)
+    assert refused.code == 2 and message in refused.stderr
+    assert not list(out.iterdir())
+
+
+def test_ctrl_c_ends_the_progress_bar(run, model: Path, out: Path, monkeypatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vistok.decoding.next_token.apply_guidance", interrupted)
+    finished = run("generate", "cat", "-o", out / "a.png", "--model", model)
+    assert finished.code == 130
+    assert finished.stderr.rstrip().endswith(
+        "vistok: error: interrupted; nothing half-written is left behind"
+    )

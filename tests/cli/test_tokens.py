@@ -12,6 +12,8 @@ import vistok
 from vistok.data.images import load_image, to_pil
 from vistok.data.token_file import load_tokens
 
+PART = {"dim": 16, "depth": 1, "num_heads": 2}
+
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
@@ -77,7 +79,50 @@ def test_reconstruct_shows_pairs_and_reports_their_psnr(run, model: Path, pictur
     assert Image.open(out / "strip.png").width > 4 * 128
 
 
-def test_a_tokenizer_of_fixed_length_refuses_a_prefix(run, model: Path, picture: Path, out: Path) -> None:
-    finished = run("reconstruct", picture, "-o", out / "strip.png", "--model", model, "--num-tokens", 3)
-    assert finished.code == 2 and "always uses 6 tokens, not 3" in finished.stderr
+def test_each_picture_gets_its_own_number_of_tokens(run, model: Path, pictures: Path, out: Path) -> None:
+    file = out / "t.safetensors"
+    chosen = ("--model", model, "--batch-size", 3)
+    finished = run("tokenize", pictures, "-o", file, *chosen, "--num-tokens", "1,6,2,3")
+    assert finished.code == 0, finished.stderr
+    tokens = load_tokens(file).tokens
+    assert tokens.token_counts.tolist() == [1, 6, 2, 3]
+    assert json.loads(finished.stdout)["num_tokens"] == 12
+    whole = vistok.load(model / "tokenizer").encode(load_image(pictures / "cmyk.jpg", 16)[None])
+    assert torch.equal(tokens.data[1:2], whole.data)
+    assert run("detokenize", file, "-o", f"{out}/back/").code == 0
+    for option, message in (
+        ("1,2", "2 numbers of tokens for 4 pictures"),
+        ("1,x", "a number, or one for each"),
+    ):
+        finished = run("tokenize", pictures, "-o", file, *chosen, "--num-tokens", option)
+        assert finished.code == 2 and message in finished.stderr
+
+
+def test_a_target_chooses_the_lengths(run, model: Path, pictures: Path, out: Path) -> None:
+    def lengths(*options: object) -> list[int]:
+        finished = run("reconstruct", pictures, "-o", out / "strip.png", "--model", model, *options)
+        assert finished.code == 0, finished.stderr
+        return json.loads(finished.stdout)["lengths"]
+
+    assert lengths("--target-psnr", 0.01) == [1] * 4  # a random decoder reaches no more, and surely this
+    assert lengths("--target-psnr", 99) == [6] * 4
+    assert lengths("--target-psnr", 99, "--max-tokens", 4) == lengths("--num-tokens", 4) == [4] * 4
+    finished = run(
+        "reconstruct", pictures, "-o", out / "s.png", "--model", model, "--target-psnr", 9, "--num-tokens", 2
+    )
+    assert finished.code == 2 and "and not both" in finished.stderr
+
+
+def test_a_tokenizer_of_fixed_length_refuses_a_prefix(run, picture: Path, tmp_path: Path, out: Path) -> None:
+    sizes = {"image_size": 16, "encoder_patch_size": 8, "decoder_patch_size": 8, "num_tokens": 6}
+    parts = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in PART.items()}
+    vistok.TiTok(**sizes, **parts, codebook_size=20).save_pretrained(tmp_path / "fixed")
+    for option, message in (
+        (("--num-tokens", 3), "always uses 6 tokens, not 3"),
+        (("--target-psnr", 20), "no length to choose"),
+    ):
+        finished = run(
+            "reconstruct", picture, "-o", out / "strip.png", "--model", tmp_path / "fixed", *option
+        )
+        assert finished.code == 2 and message in finished.stderr
     assert not list(out.iterdir())

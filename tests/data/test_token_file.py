@@ -61,7 +61,7 @@ def rewrite(path: Path, change) -> None:
     [
         (lambda data, metadata: data["indices"].fill_(6), "token id 6 is out of range.* 0 to 5"),
         (lambda data, metadata: data["indices"].fill_(-1), "token id -1 is out of range"),
-        (lambda data, metadata: data["lengths"].fill_(5), "lengths must lie in 0..4"),
+        (lambda data, metadata: data["lengths"].fill_(5), "lengths must lie in 1..4"),
         (lambda data, metadata: data.pop("indices"), "either indices"),
         (lambda data, metadata: data.pop("lengths"), "not a token file of vistok"),
         (lambda data, metadata: metadata.pop("tokenizer"), "tokenizer"),

@@ -50,13 +50,16 @@ def test_drawing_gives_the_library_s_images(client, model: Path) -> None:
         assert np.array_equal(image, np.asarray(wanted))
 
 
-def test_tokenizing_gives_both_images_the_psnr_and_the_ids(client, model: Path, picture: Path) -> None:
+@pytest.mark.parametrize(("chosen", "num_tokens"), [((), 6), ((2,), 2)])
+def test_tokenizing_gives_both_images_the_psnr_and_the_ids(
+    client, model: Path, picture: Path, chosen: tuple, num_tokens: int
+) -> None:
     (original, reconstruction), figures, ids = client.predict(
-        gradio_client.handle_file(picture), api_name="/tokenize"
+        gradio_client.handle_file(picture), *chosen, api_name="/tokenize"
     )
-    tokens = vistok.load(model / "tokenizer").encode(load_image(picture, 16)[None])
+    tokens = vistok.load(model / "tokenizer").encode(load_image(picture, 16)[None], num_tokens)
     assert ids == " ".join(map(str, tokens.data[0].tolist()))
-    assert figures.startswith("PSNR ") and "6 tokens at 16 px" in figures
+    assert figures.startswith("PSNR ") and f"{num_tokens} tokens at 16 px" in figures
     before, after = (np.asarray(Image.open(path).convert("RGB")) for path in (original, reconstruction))
     assert before.shape == after.shape == (16, 16, 3) and not np.array_equal(before, after)
 
@@ -74,6 +77,27 @@ def test_bad_pictures_are_shown(client, tmp_path: Path) -> None:
     Image.new("RGB", (3, 3)).save(tmp_path / "small.png")
     with pytest.raises(gradio_client.exceptions.AppError, match="smaller than one 8-pixel patch"):
         client.predict(gradio_client.handle_file(tmp_path / "small.png"), api_name="/tokenize")
+
+
+def components(app, kind: str, label: str) -> list[dict]:
+    """Properties of the page's components of a kind with a label."""
+    return [
+        part["props"]
+        for part in app.get_config_file()["components"]
+        if part["type"] == kind and part["props"].get("label") == label
+    ]
+
+
+@pytest.mark.parametrize("is_variable", [True, False])
+def test_the_slider_of_tokens_is_for_variable_length_only(
+    model: Path, monkeypatch, is_variable: bool
+) -> None:
+    from vistok.demos.app import build_app
+
+    monkeypatch.setattr(vistok.ConvTiTok, "variable_length", is_variable)
+    (slider,) = components(build_app(str(model)), "slider", "Tokens")
+    assert slider["visible"] is is_variable
+    assert (slider["minimum"], slider["maximum"], slider["value"]) == (1, 6, 6)
 
 
 def test_the_page_itself_is_served_and_names_no_outside_font(client) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
@@ -39,11 +40,12 @@ class PatchTokenizer(ImageTokenizer):
     num_tokens = 16
     codebook_size = 16
 
+    @register_to_config
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(7.5))
 
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
+    def encode_all(self, images: Tensor) -> Tokens:
         self.check_images(images)
         levels = F.avg_pool2d(images.mean(dim=1, keepdim=True), 8)
         return Tokens(indices=((levels + 1) * self.scale).round().long().flatten(1), codebook_size=16)

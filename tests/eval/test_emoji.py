@@ -12,8 +12,12 @@ import vistok
 from vistok.data.emoji import read_index
 from vistok.eval import emoji as report_command
 from vistok.eval.emoji import main, markdown
-from vistok.eval.emoji_measures import draw_names, evaluate_emoji, first_by_name
+from vistok.eval.emoji_lengths import length_curve, length_strip, powers_of_two
+from vistok.eval.emoji_measures import evaluate_emoji
+from vistok.eval.emoji_set import RealSet, draw_names, first_by_name
 from vistok.eval.neighbours import chance_level, nearest, share_of
+from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.tokens import Tokens
 
 
 def measure(pipeline, folder, extractor, **options):
@@ -47,6 +51,47 @@ def test_every_image_has_its_own_seed_and_the_settings_are_recorded(pipeline, em
     assert seeds == list(range(60)) and prompts[:15] == prompts[45:]
     assert all(call["temperature"] == 0.5 and "guidance_scale" not in call for call in pipeline.calls)
     assert report.sampling == {"guidance_scale": 3.0, "temperature": 0.5}
+
+
+class TwoColourTokenizer(ImageTokenizer):
+    """Four tokens: the mean colour in red, green and blue, then nothing. Any prefix can be decoded."""
+
+    image_size, num_tokens, codebook_size, variable_length = 32, 4, 256, True
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))  # diffusers asks a parameter for the device
+
+    def encode_all(self, images):
+        means = ((images.mean(dim=(2, 3)) + 1) * 127.5).round().long()
+        return Tokens(indices=torch.nn.functional.pad(means, (0, 1)), codebook_size=256)
+
+    def decode(self, tokens):
+        kept = torch.arange(tokens.data.shape[1]) < tokens.token_counts[:, None]
+        colours = torch.nn.functional.pad(tokens.data * kept, (0, 4))[:, :3].float() / 127.5 - 1
+        return colours[:, :, None, None].expand(-1, -1, 32, 32)
+
+
+def test_more_tokens_show_more(emoji_folder, extractor):
+    reals = RealSet.read(emoji_folder, 32, extractor)
+    names = draw_names(list(reals.by_name), 15, 0)
+    points = length_curve(TwoColourTokenizer(), reals, names, extractor)
+    assert [point.num_tokens for point in points] == [1, 2, 4]
+    assert points[0].psnr < points[1].psnr < points[2].psnr
+    assert points[0].recognised.share < 1 and points[2].recognised.share == 1
+
+
+def test_powers_of_two_end_with_all_tokens():
+    assert powers_of_two(64) == [1, 2, 4, 8, 16, 32, 64]
+    assert powers_of_two(6) == [1, 2, 4, 6]
+    assert powers_of_two(1) == [1]
+
+
+def test_the_strip_of_prefixes_has_a_row_per_emoji_and_the_original_last(emoji_folder):
+    strip = length_strip(TwoColourTokenizer(), emoji_folder, read_index(emoji_folder), rows=2)
+    assert strip.width == 4 * (128 + 16) + 16  # 1, 2, 4 tokens and the original
+    with_all, original = (strip.getpixel((16 + column * 144 + 64, 80)) for column in (2, 3))
+    assert with_all == original
 
 
 def test_names_are_drawn_by_seed_alone():
@@ -108,6 +153,8 @@ def test_command_writes_report_and_pictures(pipeline, emoji_folder, extractor, t
         ]
     )
     assert sorted(path.name for path in out.iterdir()) == [
+        "lengths.png",
+        "prefixes.png",
         "reconstructions.png",
         "report.json",
         "report.md",

@@ -9,7 +9,7 @@ import urllib.error
 import pytest
 import torch
 
-from vistok.eval.features import EfficientNetLite0, load_extractor, sha256_of, timm_key
+from vistok.eval.features import EfficientNetLite0, load_extractor, sha256_of
 
 # Of the two images of `ramps`, recorded when this extractor put 293 of 334 ImageNet photographs into the right class.
 GOLDEN_MEAN_AND_STD = [[0.082002, 0.379116], [0.083219, 0.346695]]
@@ -52,20 +52,6 @@ def test_efficientnet_names_its_weights(efficientnet):
 def test_extractors_take_uint8_only(efficientnet):
     with pytest.raises(ValueError, match=r"uint8 \[b 3 H W\], got torch.float32"):
         efficientnet(ramps().float())
-
-
-@pytest.mark.parametrize(
-    ("released", "ours"),
-    [
-        ("_conv_stem.weight", "conv_stem.weight"),
-        ("_blocks.0._project_conv.weight", "blocks.0.0.conv_pw.weight"),
-        ("_blocks.4._expand_conv.weight", "blocks.2.1.conv_pw.weight"),
-        ("_blocks.15._bn2.running_var", "blocks.6.0.bn3.running_var"),
-        ("_fc.bias", "classifier.bias"),
-    ],
-)
-def test_released_names(released, ours):
-    assert timm_key(released) == ours
 
 
 def test_missing_package_is_named(monkeypatch):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vistok.kernels.attention import CausalMask, KeyMask, attention, attention_backend
+from vistok.kernels.attention import CausalMask, KeyMask, LastKeyRepeats, attention, attention_backend
 from vistok.kernels.attention.backends import BACKENDS
 
 
@@ -51,6 +51,18 @@ def test_a_named_backend_runs_or_says_why_not():
     with attention_backend("xformers"), pytest.raises(ValueError, match="needs CUDA tensors"):
         attention(q, k, v)
     attention(q, k, v)  # the choice ended with its block
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_repeated_key_counts_as_often_as_it_stands_for(backend, dtype):
+    q, k, v = inputs(4, 6, dtype)
+    written_out = [torch.cat([x, x[:, :, -1:].expand(-1, -1, 99, -1)], dim=2) for x in (k, v)]
+    exact = attention(q.float(), *(x.float() for x in written_out), backend="reference")
+    repeated = attention(q, k, v, LastKeyRepeats(100), backend=backend)
+    budget = 1e-5 if dtype == torch.float32 else 0.02  # bf16 keeps 8 bits
+    assert repeated.dtype == dtype and (repeated - exact).abs().max() <= budget
+    assert (attention(q, k, v, backend=backend) - exact).abs().max() > 0.1
 
 
 def test_key_mask_of_another_length_is_refused():

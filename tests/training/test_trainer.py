@@ -83,6 +83,17 @@ def test_training_lowers_the_loss(tmp_path):
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
+def test_training_starts_from_the_weights_of_another(tmp_path):
+    run(tokenizer_recipe(), tmp_path / "first")
+    start = {"start_from": str(tmp_path / "first" / "model")}
+    options = dataclasses.replace(OPTIMIZATION, num_steps=1, lr=0.0, final_lr=0.0)
+    task = {**tokenizer_recipe().task, "tail_drop": 0.5, "perceptual": 0.1, "perceptual_images": 2}
+    run(dataclasses.replace(tokenizer_recipe(), **start, task=task, optimization=options), tmp_path / "second")
+    assert weights(tmp_path / "second") == weights(tmp_path / "first")
+    logged = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[0])
+    assert logged["perceptual"] > 0
+
+
 def test_a_generator_trains_on_the_tokens_of_a_trained_tokenizer(tmp_path):
     run(tokenizer_recipe(), tmp_path / "tokenizer")
     model = {"codebook_size": 16, "num_tokens": 4, "dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}

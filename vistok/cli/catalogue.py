@@ -64,7 +64,11 @@ def _as_published(name: str) -> str:
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     metrics = ", ".join(f"{name}: {value}" for name, value in row["metrics"].items())
-    return (row["name"], row["kind"], f"{row['size_mb']:.0f}", row["licence"] or "-", metrics or "-")
+    return (row["name"], row["kind"], _megabytes(row["size_mb"]), row["licence"] or "-", metrics or "-")
+
+
+def _megabytes(size: float | None) -> str:
+    return "-" if size is None else f"{size:.0f}"
 
 
 def info(

@@ -38,7 +38,10 @@ def convert(
 
     upstream.check_system(system)
     weights = upstream.read_checkpoint(checkpoint)
-    settings = upstream.load_config(config) if config is not None else _known_config(system, weights, release)
+    if config is not None:
+        settings: Mapping[str, Any] = upstream.load_config(config)
+    else:
+        settings = upstream.stored_config(checkpoint) or _known_config(system, weights, release)
     model = upstream.load(system, weights, settings)
     with atomic_path(output) as partial:
         model.save_pretrained(partial)
@@ -63,7 +66,7 @@ def _known_config(system: str, weights: Mapping[str, Any], release: str | None) 
         if release not in names:
             close = " or ".join(get_close_matches(release, names)) or ", ".join(names)
             raise ValueError(f"unknown release {release!r} of {system}; did you mean {close}?")
-        return RELEASES[release].config
+        return RELEASES[release].complete_config()
     fitting = [entry for entry in matching_releases(weights) if entry.system == system]
     if not fitting:
         raise ValueError(
@@ -73,7 +76,7 @@ def _known_config(system: str, weights: Mapping[str, Any], release: str | None) 
         raise ValueError(
             f"several releases look like this: {', '.join(r.name for r in fitting)}; say which: --release"
         )
-    return fitting[0].config
+    return fitting[0].complete_config()
 
 
 def sha256(path: Path) -> str:

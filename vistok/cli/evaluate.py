@@ -1,7 +1,8 @@
-"""`vistok eval`: distances between sets of images, and how well a tokenizer gives images back."""
+"""`vistok eval`: distances between sets of images, how well a tokenizer gives images back, and at how many bytes."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +21,16 @@ from vistok.cli.options import (
     choose_device,
     choose_dtype,
 )
-from vistok.cli.output import report
+from vistok.cli.output import check_folder, filled_folder, report
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vistok.eval.distances import Distance
+    from vistok.eval.rate_distortion import TokenizerMethod
     from vistok.pipelines.base import ImagePipeline
+
+logger = logging.getLogger(__name__)
 
 SHORT_NAMES = {"inception": "inception-v3-compat"}
 
@@ -145,3 +150,110 @@ def reconstruction(
     tokenizer = load_tokenizer(model, device=choose_device(device), dtype=choose_dtype(dtype))
     result = evaluate_reconstruction(tokenizer, folder, batch_size=batch_size)
     report("eval reconstruction", model=model, **asdict(result))
+
+
+def rate_distortion(
+    source: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of images, or a parquet file.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the JSON, CSV, plot and report.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="NAME", help="A tokenizer; repeat for several."),
+    ] = None,
+    codecs: Annotated[str, typer.Option(help="Classical codecs; `none` for none.")] = "jpeg,webp,avif",
+    num_tokens: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Prefix lengths. [default: 1, 2, 4, ... and all]")
+    ] = None,
+    distances: Annotated[
+        str,
+        typer.Option(help="Besides PSNR and SSIM; one whose weights cannot be had is left out and named."),
+    ] = "lpips,efficientnet-lite0",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize and crop to this. [default: the tokenizers' size]")
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="Evenly spread over the source. [default: all]")
+    ] = None,
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """Bytes per pixel against PSNR, SSIM and perceptual distance, for tokenizers and classical codecs."""
+    check_folder(output if output.exists() else output.parent)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist")
+    from vistok.eval.classical_codecs import load_codec
+    from vistok.eval.rate_distortion import ClassicalMethod, measure_rate_distortion
+    from vistok.eval.rate_distortion_report import check_plotting, write_report
+
+    check_plotting()
+    place = choose_device(device)
+    classical = [ClassicalMethod(load_codec(name)) for name in _names(codecs)]
+    lengths = None if num_tokens is None else _numbers(num_tokens, "--num-tokens")
+    tokenizers = _tokenizer_methods(models or [], lengths, place, dtype)
+    measured, unavailable = _distances(_names(distances), place)
+    result = measure_rate_distortion(
+        source,
+        [*tokenizers, *classical],
+        measured,
+        unavailable=unavailable,
+        image_size=_common_size(image_size, tokenizers),
+        num_images=num_images,
+        batch_size=batch_size,
+    )
+    with filled_folder(output) as folder:
+        files = write_report(result, folder)
+    report("eval rate-distortion", **asdict(result), output=[str(output / file.name) for file in files])
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return [] if names == ["none"] else names
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers and commas, such as 1,2,4; got {text!r}") from None
+
+
+def _tokenizer_methods(
+    models: list[str], num_tokens: list[int] | None, device: str, dtype: str
+) -> list[TokenizerMethod]:
+    from vistok.eval.rate_distortion import TokenizerMethod
+    from vistok.hub import load_tokenizer
+
+    methods = []
+    for model in models:
+        tokenizer = load_tokenizer(model, device=device, dtype=choose_dtype(dtype))
+        # Results travel; the folders of one machine should not.
+        name = Path(model).resolve().name if Path(model).exists() else model
+        methods.append(TokenizerMethod(name, tokenizer, num_tokens))
+    return methods
+
+
+def _distances(names: list[str], device: str) -> tuple[list[Distance], dict[str, str]]:
+    """Those whose weights can be had, and what is missing for the others."""
+    from vistok.eval.distances import load_distance
+
+    measured, unavailable = [], {}
+    for name in names:
+        try:
+            measured.append(load_distance(name, device))
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            unavailable[name] = str(error).split(". ")[0]  # what is missing; what to do follows it
+            logger.warning("%s is not measured: %s", name, error)
+    return measured, unavailable
+
+
+def _common_size(image_size: int | None, tokenizers: Sequence[TokenizerMethod]) -> int | None:
+    """The size at which every method codes the same pixels."""
+    wanted = {method.name: method.tokenizer.image_size for method in tokenizers}
+    sizes = {image_size, *wanted.values()} - {None}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in wanted.items())
+        asked = "" if image_size is None else f", and --image-size {image_size} was asked for"
+        raise ValueError(f"all methods must code the same pixels; the tokenizers' sizes are {listed}{asked}")
+    return sizes.pop() if sizes else None

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vistok.cli.options import DEFAULT_MODEL, Device, Dtype, Model, Output, Seed, choose_device, choose_dtype
-from vistok.cli.output import PictureOutput, report
+from vistok.cli.output import PictureOutput, check_folder, report
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from vistok.pipelines.base import ImagePipeline
+    from vistok.pipelines.decoder import PreviewCallback
 
 COLUMNS, MOST_COLUMNS = 6, 8
+OPTIONS = {"num_inference_steps": "--num-steps"}  # settings whose option is called otherwise
 
 
 def generate(
@@ -25,6 +29,13 @@ def generate(
     output: Output,
     model: Model = DEFAULT_MODEL,
     num_images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    num_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many tokens: fewer are coarser. [default: all]")
+    ] = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for pictures of the tokens so far: 1, 2, 4, 8, ..."),
+    ] = None,
     seed: Seed = 0,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 is off. [default: the model's]")
@@ -36,37 +47,71 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Keep this much probability, in (0, 1]. [default: the model's]")
     ] = None,
+    num_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of a masked generator. [default: the model's]")
+    ] = None,
+    choice_temperature: Annotated[
+        float | None, typer.Option(help="Noise of a masked generator; 0 is greedy. [default: the model's]")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Draw images: one picture, a labelled grid, or a folder of pictures."""
     target = PictureOutput.parse(output)
+    if preview is not None:
+        check_folder(preview if preview.is_dir() else preview.parent)
     from vistok.hub import load_pipeline
 
     started = time.perf_counter()
     pipeline: Any = load_pipeline(model, device=choose_device(device), dtype=choose_dtype(dtype))
     sampling = sampling_settings(
-        pipeline, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        pipeline,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_inference_steps=num_steps,
+        choice_temperature=choice_temperature,
     )
-    loaded = time.perf_counter()
-    pictures = pipeline(prompts, num_images_per_prompt=num_images, seed=seed, **sampling).images
-    seconds = time.perf_counter() - loaded
     labels = [prompt for prompt in prompts for _ in range(num_images)]
+    loaded = time.perf_counter()
+    pictures = pipeline(
+        prompts,
+        num_images_per_prompt=num_images,
+        num_tokens=num_tokens,
+        seed=seed,
+        preview_callback=None if preview is None else previews_in(preview, labels, _columns(num_images)),
+        **sampling,
+    ).images
+    seconds = time.perf_counter() - loaded
     target.save(pictures, labels, _columns(num_images))
     report(
         "generate",
         model=model,
         prompts=prompts,
         num_images=len(pictures),
+        num_tokens=(drawn := num_tokens or pipeline.transformer.num_tokens),
         seed=seed,
         sampling=pipeline.sampling_settings(**sampling),
         device=str(pipeline.device),
         dtype=dtype,
         load_seconds=round(loaded - started, 3),
         seconds=round(seconds, 3),
-        tokens_per_second=round(len(pictures) * pipeline.transformer.num_tokens / seconds, 1),
+        tokens_per_second=round(len(pictures) * drawn / seconds, 1),
         output=output,
+        preview=None if preview is None else str(preview),
     )
+
+
+def previews_in(folder: Path, labels: list[str], columns: int) -> PreviewCallback:
+    """A callback that saves what is drawn so far as `tokens-001.png`, `tokens-002.png`, ... in `folder`."""
+
+    def save(num_tokens: int, pictures: list[Image]) -> None:
+        folder.mkdir(exist_ok=True)
+        target = PictureOutput(folder / f"tokens-{num_tokens:03d}.png", is_folder=False)
+        target.save(pictures, labels, columns)
+
+    return save
 
 
 def sampling_settings(pipeline: ImagePipeline, **given: Any) -> dict[str, Any]:
@@ -76,12 +121,12 @@ def sampling_settings(pipeline: ImagePipeline, **given: Any) -> dict[str, Any]:
         ValueError: one that this kind of pipeline does not have.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    known = list(inspect.signature(pipeline.sampling_settings).parameters)
+    known = pipeline.sampling_settings()
     for name in chosen:
         if name not in known:
-            option = f"--{name.replace('_', '-')}"
+            option = OPTIONS.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
-                f"{option} is not a setting of a {type(pipeline).__name__}; it has {', '.join(known)}"
+                f"{option} is not a setting of a {type(pipeline.transformer).__name__}; it has {', '.join(known)}"
             )
     return chosen
 

@@ -11,7 +11,18 @@ import typer
 from typer.core import TyperGroup
 
 import vistok
-from vistok.cli import catalogue, convert, demo, doctor, evaluate, generate, reconstruct, tokenize, train
+from vistok.cli import (
+    catalogue,
+    compress,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    reconstruct,
+    tokenize,
+    train,
+)
 from vistok.cli.errors import explain
 
 BAD_INPUT = 2
@@ -48,10 +59,13 @@ app = typer.Typer(
 evaluation = typer.Typer(help="Measure models and images.", **_options())
 evaluation.command("fid")(evaluate.fid)
 evaluation.command("reconstruction")(evaluate.reconstruction)
+evaluation.command("rate-distortion")(evaluate.rate_distortion)
 app.command("generate")(generate.generate)
 app.command("tokenize")(tokenize.tokenize)
 app.command("detokenize")(tokenize.detokenize)
 app.command("reconstruct")(reconstruct.reconstruct)
+app.command("compress")(compress.compress)
+app.command("decompress")(compress.decompress)
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("models")(catalogue.models)

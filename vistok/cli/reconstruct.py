@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from vistok.cli.lengths import MaxTokens, NumTokens, TargetPsnr, parse_num_tokens
 from vistok.cli.options import DEFAULT_MODEL, BatchSize, Device, Dtype, Model, choose_device, choose_dtype
 from vistok.cli.output import PICTURE_SUFFIXES, check_file, report
 
@@ -22,15 +23,16 @@ def reconstruct(
         typer.Option("--output", "-o", metavar="FILE", help="The picture of all pairs, such as strip.png."),
     ],
     model: Model = DEFAULT_MODEL,
-    num_tokens: Annotated[
-        int | None, typer.Option(help="Use the first tokens only, where the tokenizer allows it.")
-    ] = None,
+    num_tokens: NumTokens = None,
+    target_psnr: TargetPsnr = None,
+    max_tokens: MaxTokens = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Show originals beside their reconstructions, with the PSNR of each."""
     check_file(output, PICTURE_SUFFIXES)
+    lengths = parse_num_tokens(num_tokens)
     import torch
 
     from vistok.data.images import image_files, open_rgb, resize_and_crop, to_pil
@@ -44,7 +46,14 @@ def reconstruct(
     files = [file for source in sources for file in image_files(source)]
     tokenizer = load_tokenizer(model, device=choose_device(device), dtype=choose_dtype(dtype))
     started = time.perf_counter()
-    tokens = encode_files(tokenizer, files, num_tokens=num_tokens, batch_size=batch_size)
+    tokens = encode_files(
+        tokenizer,
+        files,
+        num_tokens=lengths,
+        target_psnr=target_psnr,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+    )
     images = decode_tokens(tokenizer, tokens, batch_size=batch_size)
     seconds = time.perf_counter() - started
     originals = [resize_and_crop(open_rgb(file), tokenizer.image_size) for file in files]
@@ -60,8 +69,9 @@ def reconstruct(
         model=model,
         num_images=len(files),
         num_tokens=total,
-        psnr=[_decibels(value) for value in values],
-        mean_psnr=_decibels(sum(values) / len(values)),
+        lengths=tokens.token_counts.tolist(),
+        psnr=[decibels(value) for value in values],
+        mean_psnr=decibels(sum(values) / len(values)),
         rounding="uint8, nearest; data range 255",
         device=str(tokenizer.device),
         dtype=dtype,
@@ -71,6 +81,6 @@ def reconstruct(
     )
 
 
-def _decibels(value: float) -> float | None:
+def decibels(value: float) -> float | None:
     """`None` for an exact reconstruction, whose PSNR is infinite."""
     return round(value, 3) if math.isfinite(value) else None

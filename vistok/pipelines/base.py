@@ -1,8 +1,9 @@
-"""What all image pipelines share: streams from seeds, output types, the fit of tokenizer and generator."""
+"""What all image pipelines share: streams from seeds, lengths, previews, output types, the fit of the parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from vistok.data.images import to_pil
+from vistok.decoding.next_token import StepCallback, check_num_tokens
 from vistok.decoding.streams import ImageStreams
-from vistok.models.generators.base import Generator
-from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.models.generators.base import Generator, NextTokenGenerator
+from vistok.models.tokenizers.base import ImageTokenizer, NumTokens
+from vistok.pipelines.decoder import ImageDecoder, Preview, PreviewCallback
 from vistok.tokens import Tokens
 
 # diffusers' list of libraries that parts of a pipeline come from: model_index.json then names ours as "vistok".
@@ -43,6 +46,10 @@ class ImagePipeline(DiffusionPipeline):
     tokenizer: ImageTokenizer
     transformer: Generator
 
+    def sampling_settings(self) -> dict[str, Any]:
+        """The settings that a call samples with when it names none."""
+        raise NotImplementedError(f"{type(self).__name__} does not define sampling_settings()")
+
     def _check_fit(self, tokenizer: ImageTokenizer, transformer: Generator) -> None:
         """Raises ValueError when the transformer's tokens are not the tokenizer's."""
         for name in ("codebook_size", "num_tokens", "layout"):
@@ -66,27 +73,75 @@ class ImagePipeline(DiffusionPipeline):
             raise ValueError(f"{len(seed)} seeds for {total} images; give one seed, or one for each image")
         return ImageStreams.from_seeds(seed)
 
-    def _step_callback(self, callback: StepEnd | None, num_steps: int) -> Callable[[int, Tensor], None]:
-        """A hook for the decoding loops: shows progress and calls the user's `callback_on_step_end`."""
+    def _lengths(self, num_tokens: NumTokens | None, total: int) -> Tensor:
+        """One length per image, `[b]`; raises ValueError for a length that the tokenizer does not decode."""
+        lengths = check_num_tokens(num_tokens, total, self.transformer.num_tokens)
+        if not self.tokenizer.variable_length and bool((lengths != self.tokenizer.num_tokens).any()):
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} decodes exactly {self.tokenizer.num_tokens} tokens: "
+                "num_tokens can be chosen only with a variable-length tokenizer"
+            )
+        return lengths
+
+    def _preview(
+        self,
+        callback: PreviewCallback | None,
+        at: Sequence[int] | None,
+        lengths: Tensor,
+        decoder: ImageDecoder,
+        output_type: str,
+    ) -> Preview | None:
+        """What shows the tokens so far; raises ValueError where there is nothing to show before the end."""
+        if callback is None:
+            return None
+        if not isinstance(self.transformer, NextTokenGenerator):
+            raise ValueError(
+                f"{type(self.transformer).__name__} decides its tokens in no fixed order: there are no previews"
+            )
+        if not self.tokenizer.variable_length:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} decodes only all tokens of an image: there are no previews"
+            )
+        kind = "pt" if output_type == "tokens" else output_type
+        return Preview(callback, lambda tokens: _convert(decoder(tokens), kind), lengths, at)
+
+    def _decoder(self, streams: ImageStreams, options: Mapping[str, Any] | None) -> ImageDecoder:
+        """The tokenizer with the preset's decoding options, and those of the call on top of them."""
+        return ImageDecoder(
+            self.tokenizer, streams, {**(self.config["decode_options"] or {}), **(options or {})}
+        )
+
+    @contextlib.contextmanager
+    def _steps(
+        self, num_steps: int, callback: StepEnd | None, preview: Preview | None = None
+    ) -> Iterator[StepCallback]:
+        """A hook for the decoding loops: progress, the user's `callback_on_step_end`, previews."""
         progress = self.progress_bar(total=num_steps)
 
         def on_step(step: int, indices: Tensor) -> None:
             progress.update()
             if callback is not None:
                 callback(self, step, num_steps, {"indices": indices})
-            if step + 1 == num_steps:
-                progress.close()
+            if preview is not None:
+                preview.show(step + 1, self._tokens(indices))
 
-        return on_step
+        try:
+            yield on_step
+        except BaseException:
+            # When closed it would print itself once more, below what is said about the error.
+            progress.disable = True
+            raise
+        progress.close()
 
-    @torch.inference_mode()
-    def _output(self, indices: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
-        tokens = Tokens(
+    def _tokens(self, indices: Tensor) -> Tokens:
+        return Tokens(
             indices=indices, codebook_size=self.tokenizer.codebook_size, layout=self.tokenizer.layout
         )
-        result: Any = tokens
-        if output_type != "tokens":
-            result = _convert(self.tokenizer.decode(tokens), output_type)
+
+    def _output(
+        self, tokens: Tokens, decoder: ImageDecoder, output_type: str, return_dict: bool
+    ) -> ImagePipelineOutput | tuple:
+        result: Any = tokens if output_type == "tokens" else _convert(decoder(tokens), output_type)
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
 

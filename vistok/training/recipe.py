@@ -40,6 +40,7 @@ class Recipe:
     task: dict[str, Any]
     optimization: Optimization = field(default_factory=Optimization)
     augmentation: Augmentation = field(default_factory=Augmentation)
+    start_from: str | None = None  # folder of a model whose weights training starts with
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 500

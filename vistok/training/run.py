@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,12 +27,21 @@ def _task(recipe: Recipe, device: torch.device) -> Task:
         from vistok.training.tokenizer import TokenizerOptions, TokenizerTask
 
         options = from_mapping(TokenizerOptions, recipe.task, "task")
-        model = ConvTiTok(**recipe.model).to(memory_format=torch.channels_last)
+        model = _initial(ConvTiTok, recipe).to(memory_format=torch.channels_last)
         return TokenizerTask(model, options, recipe.augmentation, device)
     if recipe.kind == "next-token":
         from vistok.models.generators.text_ar import TextAR
         from vistok.training.generator import GeneratorOptions, NextTokenTask
 
         data = from_mapping(GeneratorOptions, recipe.task, "task")
-        return NextTokenTask(TextAR(**recipe.model), data, recipe.augmentation, device, recipe.seed)
+        return NextTokenTask(_initial(TextAR, recipe), data, recipe.augmentation, device, recipe.seed)
     raise ValueError(f"unknown kind of training {recipe.kind!r}; known: tokenizer, next-token")
+
+
+def _initial(model_class: Any, recipe: Recipe) -> Any:
+    """A model with fresh weights, or with those of `recipe.start_from`."""
+    model = model_class(**recipe.model)
+    if recipe.start_from is not None:
+        trained = model_class.from_pretrained(recipe.start_from)
+        model.load_state_dict(trained.state_dict())
+    return model

@@ -13,6 +13,7 @@ from torch import Tensor
 from vistok.data.images import load_folder
 from vistok.models.tokenizers.conv_titok import ConvTiTok
 from vistok.training.augment import Augmentation, augment
+from vistok.training.perceptual import PerceptualLoss
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class TokenizerOptions:
     source_size: int = 128  # images are kept at this size and augmented before they are reduced
     mse: float = 1.0
     l1: float = 0.2
+    perceptual: float = 0.0  # weight of the perceptual loss
+    perceptual_images: int = 8  # of a batch: the perceptual network costs as much as the tokenizer
+    tail_drop: float = 0.0  # share of images that lose their last tokens (One-D-Piece, FlexTok)
+    freeze_encoder: bool = False  # train the decoder alone: every image keeps its tokens
 
 
 class TokenizerTask:
@@ -38,22 +43,33 @@ class TokenizerTask:
         self.device = device
         self.images = load_folder(Path(options.train), options.source_size)  # [n 3 s s] uint8
         self.heldout = load_folder(Path(options.heldout), model.image_size)
+        model.encoder.requires_grad_(not options.freeze_encoder)
+        self.perceptual = PerceptualLoss().to(device) if options.perceptual else None
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Augmented images `[b 3 H W]`."""
+    def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented images `[b 3 H W]`, and how many of their tokens are kept `[b]`."""
         chosen = torch.randint(len(self.images), (batch_size,), generator=generator)
         images = self.images[chosen].float() / 127.5 - 1
         images = augment(images, self.augmentation, self.model.image_size, generator)
-        return images.to(self.device, memory_format=torch.channels_last)
+        lengths = draw_lengths(batch_size, self.model.num_tokens, self.options.tail_drop, generator)
+        return images.to(self.device, memory_format=torch.channels_last), lengths.to(self.device)
 
-    def loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Weighted squared and absolute error; logs the PSNR and the distinct codes of the batch."""
-        reconstruction, indices = self.model(batch)
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Weighted squared, absolute and perceptual error; logs the PSNR and the distinct codes of the batch."""
+        images, lengths = batch
+        reconstruction, indices = self.model(images, lengths)
         reconstruction = reconstruction.float()
-        mse = F.mse_loss(reconstruction, batch)
-        loss = self.options.mse * mse + self.options.l1 * F.l1_loss(reconstruction, batch)
+        mse = F.mse_loss(reconstruction, images)
+        loss = self.options.mse * mse + self.options.l1 * F.l1_loss(reconstruction, images)
         used = len(indices.unique()) / min(indices.numel(), self.model.quantizer.codebook_size)
-        return loss, {"psnr": psnr_from_mse(mse.detach()), "batch_codes_used": used}
+        logs: dict[str, float | Tensor] = {"psnr": psnr_from_mse(mse.detach()), "batch_codes_used": used}
+        if self.perceptual is not None:
+            few = slice(self.options.perceptual_images)
+            with torch.autocast(images.device.type, enabled=False):  # the network's weights are float32
+                distance = self.perceptual(reconstruction[few], images[few])
+            loss = loss + self.options.perceptual * distance
+            logs["perceptual"] = distance.detach()
+        return loss, logs
 
     @torch.inference_mode()
     def evaluate(self, model: Any) -> dict[str, float]:
@@ -69,6 +85,14 @@ class TokenizerTask:
             "heldout_psnr": torch.cat(psnr).mean().item(),
             "heldout_codebook_usage": used.float().mean().item(),
         }
+
+
+def draw_lengths(batch_size: int, num_tokens: int, tail_drop: float, generator: torch.Generator) -> Tensor:
+    """How many tokens each image keeps `[b]`: all, or, with probability `tail_drop`, log-uniformly many of them."""
+    share = torch.rand(batch_size, generator=generator)
+    lengths = (num_tokens**share).round().long()  # 1 .. num_tokens
+    dropped = torch.rand(batch_size, generator=generator) < tail_drop
+    return torch.where(dropped, lengths, num_tokens)
 
 
 def psnr_from_mse(mse: Tensor) -> Tensor:

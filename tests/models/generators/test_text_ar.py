@@ -5,6 +5,7 @@ from vistok import TextAR
 from vistok.decoding.guidance import ConstantGuidance
 from vistok.decoding.next_token import generate_next_token
 from vistok.decoding.streams import ImageStreams
+from vistok.models.generators.text_ar import hash_ngrams
 
 SMALL = {
     "codebook_size": 20,
@@ -47,6 +48,25 @@ def test_rolled_back_cache_continues_as_if_nothing_had_been_appended(model):
     torch.testing.assert_close(model.step(torch.tensor([3]), cache), expected)
 
 
+def test_ngrams_are_hashed_by_the_bytes_that_end_them(model):
+    texts = model.encode_text(["red apple", "big apple", "apple red"])
+    for hashed in hash_ngrams(texts, 2048):
+        assert hashed.shape == texts.shape and hashed.min() >= 0 and hashed.max() < 2048
+        last = hashed[:, 8]  # of "ple", "pple", " apple", and of what "apple red" ends with
+        assert last[0] == last[1] != last[2]
+
+
+@torch.inference_mode()
+def test_words_far_back_reach_every_position_through_the_summary(model):
+    # Without blocks nothing but the summary carries the text to the image positions.
+    model.blocks = torch.nn.ModuleList()
+    indices = torch.zeros(2, 6, dtype=torch.int64)
+    logits = model(model.encode_text(["red apple", "big apple"]), indices)
+    assert not torch.allclose(logits[0], logits[1])
+    alike = model(model.encode_text(["red apple", "red apple"]), indices)
+    assert torch.equal(alike[0], alike[1])
+
+
 @torch.inference_mode()
 def test_logits_do_not_depend_on_later_tokens(model):
     condition = model.encode_text(["x"])
@@ -65,15 +85,17 @@ def test_the_same_seed_gives_the_same_tokens_at_batch_1_and_16(model, guidance):
     alone = generate_next_token(
         model, model.encode_text(prompts[5:6]), streams=ImageStreams.from_seeds([5]), guidance=guidance
     )
-    assert torch.equal(alone[0], together[5])
-    assert len(together.unique(dim=0)) > 1
+    assert torch.equal(alone.data[0], together.data[5])
+    assert len(together.data.unique(dim=0)) > 1
 
 
 def test_samples_of_the_first_token_follow_the_model(model):
     """Chi-square over many images with one prompt; 43.8 is the 0.999 quantile at 19 degrees of freedom."""
     num = 4000
     condition = model.encode_text(["dog"]).expand(num, -1)
-    drawn = generate_next_token(model, condition, streams=ImageStreams.from_seeds(range(num)))[:, 0]
+    drawn = generate_next_token(
+        model, condition, streams=ImageStreams.from_seeds(range(num)), num_tokens=1
+    ).data[:, 0]
     with torch.inference_mode():
         probs = model.prefill(condition[:1], model.new_cache(1))[0].softmax(dim=0).double()
     expected = probs * num
@@ -103,7 +125,9 @@ def test_save_and_load_are_bit_exact(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = TextAR.from_pretrained(tmp_path).eval()
     condition, indices = model.encode_text(["dog"]), torch.arange(6)[None]
-    assert torch.equal(loaded(condition, indices), model(condition, indices))
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+    # The mapped file lies otherwise in memory than fresh weights, and matrix kernels choose their order of sums by that.
+    torch.testing.assert_close(loaded(condition, indices), model(condition, indices), atol=1e-6, rtol=0)
 
 
 def test_empty_and_long_prompts_are_refused(model):

@@ -55,7 +55,7 @@ def test_identity_changes_with_any_weight_and_not_with_precision(tokenizer):
 
 
 def test_every_parameter_gets_a_gradient(tokenizer):
-    reconstruction, indices = tokenizer(images())
+    reconstruction, indices = tokenizer(images(), torch.tensor([10, 4, 1]))
     (reconstruction - images()).square().mean().backward()
     assert indices.shape == (3, 10)
     without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
@@ -88,7 +88,7 @@ def test_bad_images_are_refused(tokenizer, bad, message):
     ("tokens", "message"),
     [
         (Tokens(indices=torch.zeros(1, 10, dtype=torch.int64), codebook_size=99), "another tokenizer"),
-        (Tokens(indices=torch.zeros(1, 4, dtype=torch.int64), codebook_size=48), "exactly 10 tokens"),
+        (Tokens(indices=torch.zeros(1, 11, dtype=torch.int64), codebook_size=48), "decodes 1 to 10 tokens"),
         (Tokens(latents=torch.zeros(1, 10, 3)), "does not decode continuous latents"),
     ],
 )
@@ -100,5 +100,23 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizer, tokens, message):
 def test_sizes_that_do_not_fit_are_refused(tokenizer):
     with pytest.raises(ValueError, match="multiple of the patch size"):
         ConvTiTok(image_size=30)
-    with pytest.raises(ValueError, match="always uses 10 tokens"):
-        tokenizer.encode(images(), num_tokens=5)
+
+
+@torch.inference_mode()
+def test_lengths_decode_together_as_one_by_one(tokenizer):
+    torch.nn.init.normal_(tokenizer.decoder.dropped_embedding)
+    tokens = tokenizer.encode(images(), num_tokens=[10, 3, 1])
+    together = tokenizer.decode(tokens)
+    for i, length in enumerate([10, 3, 1]):
+        alone = tokenizer.decode(tokenizer.encode(images()[i : i + 1], length))
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+    assert not torch.allclose(together, tokenizer.decode(tokenizer.encode(images())), atol=1e-3)
+
+
+@torch.inference_mode()
+def test_cut_off_tokens_and_what_lies_in_the_padding_do_not_matter(tokenizer):
+    tokens = tokenizer.encode(images())
+    lengths = torch.tensor([4, 10, 2])
+    changed = torch.where(tokens.keep(lengths).is_token, tokens.data, 47 - tokens.data)
+    other = Tokens(indices=changed, codebook_size=48, lengths=lengths)
+    assert torch.equal(tokenizer.decode(other), tokenizer.decode(tokens.keep(lengths)))

@@ -1,6 +1,17 @@
 """Attention: one operator, several backends."""
 
 from vistok.kernels.attention.dispatch import attention, attention_backend
-from vistok.kernels.attention.masks import AttentionMask, CausalMask, KeyMask
+from vistok.kernels.attention.masks import AttentionMask, CausalMask, KeyMask, LastKeyRepeats, PackedMask
+from vistok.kernels.attention.packing import pack, unpack
 
-__all__ = ["AttentionMask", "CausalMask", "KeyMask", "attention", "attention_backend"]
+__all__ = [
+    "AttentionMask",
+    "CausalMask",
+    "KeyMask",
+    "LastKeyRepeats",
+    "PackedMask",
+    "attention",
+    "attention_backend",
+    "pack",
+    "unpack",
+]

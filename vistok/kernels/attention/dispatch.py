@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from vistok.kernels.attention.backends import BACKENDS, AttentionBackend
-from vistok.kernels.attention.masks import AttentionMask
+from vistok.kernels.attention.masks import AttentionMask, PackedMask
+
+PACKED_ORDER = ("xformers", "sdpa")  # sdpa needs a call for each sequence
 
 logger = logging.getLogger(__name__)
 _preferred: contextvars.ContextVar[str] = contextvars.ContextVar("attention_backend", default="auto")
@@ -59,7 +61,8 @@ def attention(
 
 def _choose(q: Tensor, mask: AttentionMask | None, name: str) -> AttentionBackend:
     if name == "auto":
-        backend = next(b for b in BACKENDS.values() if not b.objections(q, mask))
+        names = PACKED_ORDER if isinstance(mask, PackedMask) else tuple(BACKENDS)
+        backend = next(BACKENDS[name] for name in names if not BACKENDS[name].objections(q, mask))
         _log_once(backend.name)
         return backend
     if name not in BACKENDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vistok.kernels.attention.masks import AttentionMask
@@ -24,5 +25,7 @@ def reference_attention(
     """
     logits = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [b h q k]
     if mask is not None:
-        logits = logits.masked_fill(~mask.dense(q.shape[-2], k.shape[-2], q.device), float("-inf"))
+        dense = mask.dense(q.shape[-2], k.shape[-2], q.device)
+        is_boolean = dense.dtype == torch.bool
+        logits = logits.masked_fill(~dense, float("-inf")) if is_boolean else logits + dense.to(logits.dtype)
     return logits.softmax(dim=-1) @ v

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from vistok.models.generators.text_features import TextFeatures
 from vistok.models.layers.kv_cache import KVCache
 from vistok.tokens import Layout
+
+Condition = Tensor | TextFeatures  # one row per image
 
 
 class Generator(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define config_name
@@ -19,23 +25,44 @@ class Generator(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define c
 
 
 class NextTokenGenerator(Generator):
-    """A causal generator with explicit state."""
+    """A causal generator with explicit state.
 
-    def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for `batch_size` rows of a whole image."""
+    A `condition` is a `Condition` of the kind that the model is made for, a `cache` what its `new_cache` gives.
+    """
+
+    def new_cache(self, batch_size: int, num_tokens: int | None = None) -> KVCache:
+        """An empty cache for `batch_size` rows, with room for `num_tokens` of an image, all when `None`."""
         raise NotImplementedError(f"{type(self).__name__} does not define new_cache()")
 
-    def null_condition(self, batch_size: int) -> Tensor:
-        """The condition of the unconditional branch, shaped like `prefill`'s."""
+    def null_condition(self, batch_size: int) -> Condition:
+        """The condition of the unconditional branch, of the kind that `prefill` takes."""
         raise NotImplementedError(f"{type(self).__name__} does not define null_condition()")
 
-    def prefill(self, condition: Tensor, cache: KVCache) -> Tensor:
+    def prefill(self, condition: Any, cache: Any) -> Tensor:
         """Feed the condition; returns the logits of the first token, `[b codebook_size]`."""
         raise NotImplementedError(f"{type(self).__name__} does not define prefill()")
 
-    def step(self, indices: Tensor, cache: KVCache) -> Tensor:
+    def step(self, indices: Tensor, cache: Any) -> Tensor:
         """Feed one token per row, `[b]` int64; returns the logits of the next one, `[b codebook_size]`."""
         raise NotImplementedError(f"{type(self).__name__} does not define step()")
+
+
+def join_conditions(first: Condition, second: Condition) -> Condition:
+    """Two batches of conditions as one, on the device of the first."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.cat([first, second.to(first.device)])
+    if isinstance(first, TextFeatures) and isinstance(second, TextFeatures):
+        return first.join(second)
+    raise ValueError(
+        f"a {type(first).__name__} and a {type(second).__name__} are conditions of different generators"
+    )
+
+
+def repeat_each(condition: Condition, times: int) -> Condition:
+    """Every row of a batch of conditions `times` times in a row."""
+    if isinstance(condition, Tensor):
+        return condition.repeat_interleave(times, dim=0)
+    return condition.repeat_each(times)
 
 
 class MaskedGenerator(Generator):

@@ -2,8 +2,11 @@
 
 A LLaMA-style decoder (RMSNorm, SwiGLU, query-key norm; Touvron et al. 2023, section 2.2) over one sequence: the
 text, a start token, the image tokens. The text is raw UTF-8, so every language and every emoji name works without
-a vocabulary; short convolutions turn bytes into word-like features at half the length. Text and image positions
-are learned and fixed in number, so all rows of a batch have the same shape whatever their prompts.
+a vocabulary: bytes are embedded together with hashes of the n-grams that end at them (BLT, Pagnoni et al. 2024,
+section 3.2.1), and short convolutions turn them into word-like features at half the length. A summary of the text is
+added to every image position as well, as a class would be; without it a small model learns for long to continue
+images before it listens to the text. Text and image positions are learned and fixed in number, so all rows of a batch
+have the same shape whatever their prompts.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from vistok.models.layers.norm import RMSNorm
 
 PAD_BYTE = 256  # fills the text up to its fixed length; a text of nothing but it is "no text"
 TEXT_STRIDE = 2  # bytes per text position
+NGRAM_SIZES = (3, 4, 6)  # bytes
+HASH_PRIME, HASH_FACTOR = 1_000_003, 7919
 
 
 class TextAR(NextTokenGenerator):
@@ -35,6 +40,7 @@ class TextAR(NextTokenGenerator):
         depth: transformer blocks.
         num_heads: attention heads.
         mlp_dim: hidden width of the SwiGLU layers.
+        ngram_buckets: rows of the table that hashed n-grams share.
         dropout: after embeddings, attention and MLP, in training.
     """
 
@@ -49,6 +55,7 @@ class TextAR(NextTokenGenerator):
         depth: int = 6,
         num_heads: int = 4,
         mlp_dim: int = 704,
+        ngram_buckets: int = 2048,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -57,13 +64,14 @@ class TextAR(NextTokenGenerator):
         self.codebook_size = codebook_size
         self.num_tokens = num_tokens
         self.text_length = text_length
-        self.text_encoder = ByteEncoder(dim, text_length)
+        self.text_encoder = ByteEncoder(dim, text_length, ngram_buckets)
         self.start_embed = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.token_embed = nn.Embedding(codebook_size, dim)
         self.position_embed = nn.Parameter(torch.randn(1, num_tokens, dim) * 0.02)
         self.embed_dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(TextARBlock(dim, num_heads, mlp_dim, dropout) for _ in range(depth))
         self.norm = RMSNorm(dim)
+        self.embed_scale = dim**0.5  # a tied embedding is small, as logits want it; the stream wants it large
         for part in (self.token_embed, self.blocks):
             part.apply(_init_weights)
 
@@ -88,12 +96,12 @@ class TextAR(NextTokenGenerator):
     def null_condition(self, batch_size: int) -> Tensor:
         return torch.full((batch_size, self.text_length), PAD_BYTE, dtype=torch.int64)
 
-    def new_cache(self, batch_size: int) -> KVCache:
-        return KVCache(
+    def new_cache(self, batch_size: int, num_tokens: int | None = None) -> TextARCache:
+        return TextARCache(
             depth=len(self.blocks),
             batch_size=batch_size,
             num_heads=self.config["num_heads"],
-            max_length=self.text_length // TEXT_STRIDE + self.num_tokens,
+            max_length=self.text_length // TEXT_STRIDE + (num_tokens or self.num_tokens),
             head_dim=self.config["dim"] // self.config["num_heads"],
             dtype=self.dtype,
             device=self.device,
@@ -101,13 +109,15 @@ class TextAR(NextTokenGenerator):
 
     def prefill(self, condition: Tensor, cache: KVCache) -> Tensor:
         """Feed text `[b text_length]` and the start token; returns logits `[b codebook_size]`."""
-        start = (self.start_embed + self.position_embed[:, :1]).expand(len(condition), -1, -1)
-        hidden_states = torch.cat([self.text_encoder(condition), start], dim=1)  # [b t+1 d]
-        return self._logits(hidden_states, cache)[:, -1]
+        assert isinstance(cache, TextARCache)
+        text, cache.summary = self.text_encoder(condition)
+        start = self._embed(self.start_embed.expand(len(condition), -1, -1), cache.summary, first=0)
+        return self._logits(torch.cat([text, start], dim=1), cache)[:, -1]
 
     def step(self, indices: Tensor, cache: KVCache) -> Tensor:
+        assert isinstance(cache, TextARCache)
         position = cache.length - self.text_length // TEXT_STRIDE
-        embedded = self.token_embed(indices)[:, None] + self.position_embed[:, position : position + 1]
+        embedded = self._embed(self.token_embed(indices)[:, None], cache.summary, first=position)
         return self._logits(embedded, cache)[:, -1]
 
     def forward(self, condition: Tensor, indices: Tensor) -> Tensor:
@@ -115,11 +125,16 @@ class TextAR(NextTokenGenerator):
 
         Logits at a position follow from the text and the tokens before it.
         """
-        embedded = torch.cat(
-            [self.start_embed.expand(len(indices), -1, -1), self.token_embed(indices[:, :-1])], dim=1
-        )
-        hidden_states = torch.cat([self.text_encoder(condition), embedded + self.position_embed], dim=1)
+        text, summary = self.text_encoder(condition)
+        start = self.start_embed.expand(len(indices), -1, -1)
+        embedded = self._embed(torch.cat([start, self.token_embed(indices[:, :-1])], dim=1), summary, first=0)
+        hidden_states = torch.cat([text, embedded], dim=1)
         return self._logits(self.embed_dropout(hidden_states), None, last=self.num_tokens)
+
+    def _embed(self, embedded: Tensor, summary: Tensor, first: int) -> Tensor:
+        """Embedded tokens `[b n d]` from position `first` on, with their positions and the text's summary `[b 1 d]`."""
+        positions = self.position_embed[:, first : first + embedded.shape[1]]
+        return (embedded + positions) * self.embed_scale + summary
 
     def _logits(self, hidden_states: Tensor, cache: KVCache | None, last: int = 1) -> Tensor:
         for i, block in enumerate(self.blocks):
@@ -128,26 +143,59 @@ class TextAR(NextTokenGenerator):
         return F.linear(self.norm(hidden_states[:, -last:]), self.token_embed.weight)
 
 
-class ByteEncoder(nn.Module):
-    """Bytes `[b text_length]` -> features `[b text_length/2 d]`: byte embedding, two convolutions, positions."""
+class TextARCache(KVCache):
+    """Also keeps the summary of the text `[b 1 d]`, which every image position gets."""
 
-    def __init__(self, dim: int, text_length: int) -> None:
+    summary: Tensor
+
+
+class ByteEncoder(nn.Module):
+    """Bytes `[b text_length]` -> features `[b text_length/2 d]` and their summary `[b 1 d]`."""
+
+    def __init__(self, dim: int, text_length: int, ngram_buckets: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(PAD_BYTE + 1, dim // 2)
+        self.ngram_embed = nn.Embedding(ngram_buckets, dim // 2)
         self.conv1 = nn.Conv1d(dim // 2, dim, 5, padding=2)
-        self.conv2 = nn.Conv1d(dim, dim, 4, stride=TEXT_STRIDE, padding=1)
+        self.conv2 = nn.Conv1d(dim, dim, TEXT_STRIDE, stride=TEXT_STRIDE)
         self.position_embed = nn.Parameter(torch.randn(1, text_length // TEXT_STRIDE, dim) * 0.02)
+        self.to_summary = nn.Linear(dim, dim)
         # What the bytes say must outweigh biases and positions from the start, or the text is never listened to.
-        nn.init.normal_(self.embed.weight)
+        for table in (self.embed, self.ngram_embed):
+            nn.init.normal_(table.weight)
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight)
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
+        nn.init.normal_(self.to_summary.weight, std=0.3 * dim**-0.5)
+        nn.init.zeros_(self.to_summary.bias)
 
-    def forward(self, text: Tensor) -> Tensor:
-        """`[b text_length]` int64 -> `[b text_length/2 d]`."""
-        features = F.silu(self.conv1(rearrange(self.embed(text), "b t d -> b d t")))
-        return rearrange(self.conv2(features), "b d t -> b t d") + self.position_embed
+    def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """`[b text_length]` int64 -> features `[b text_length/2 d]`, summary `[b 1 d]`."""
+        ngrams = sum(
+            self.ngram_embed(hashed) for hashed in hash_ngrams(text, self.ngram_embed.num_embeddings)
+        )
+        is_text = (text != PAD_BYTE)[..., None]
+        embedded = self.embed(text) + ngrams * is_text  # [b t d/2]
+        features = F.silu(self.conv1(rearrange(embedded, "b t d -> b d t")))
+        features = rearrange(self.conv2(features), "b d t -> b t d") + self.position_embed  # [b t/2 d]
+        weights = is_text[:, ::TEXT_STRIDE].to(features.dtype)
+        total = (features * weights).sum(dim=1, keepdim=True)  # [b 1 d]
+        return features, self.to_summary(total / weights.sum(dim=1, keepdim=True).clamp_min(1).sqrt())
+
+
+def hash_ngrams(text: Tensor, buckets: int) -> list[Tensor]:
+    """For every size of n-gram, the bucket of the one that ends at each byte: `[b t]` int64 in `[0, buckets)`."""
+    longest = max(NGRAM_SIZES)
+    padded = F.pad(text, (longest - 1, 0), value=PAD_BYTE)
+    key = torch.zeros_like(text)
+    hashes = []
+    for size in range(1, longest + 1):  # the last byte first
+        byte = padded[:, longest - size : padded.shape[1] - size + 1]
+        key = (key * (PAD_BYTE + 1) + byte) % HASH_PRIME
+        if size in NGRAM_SIZES:
+            hashes.append((key * HASH_FACTOR + size) % buckets)
+    return hashes
 
 
 class TextARBlock(nn.Module):

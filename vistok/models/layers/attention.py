@@ -40,8 +40,8 @@ class SelfAttention(nn.Module):
         self.float32_attention = float32_attention
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=out_bias)
-        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.q_norm: nn.Module = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
 
     def forward(
         self, hidden_states: Tensor, mask: AttentionMask | None = None, cache: LayerCache | None = None

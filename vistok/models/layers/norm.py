@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang and Sennrich 2019), computed in float32, returned in the input's dtype."""
+    """Root-mean-square normalisation (Zhang and Sennrich 2019), in float32 or wider; returns the dtype of its input."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -16,6 +16,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[... d]` -> `[... d]`."""
-        wide = hidden_states.float()
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * self.weight.float()).to(hidden_states.dtype)
+        return (wide * self.weight.to(wide.dtype)).to(hidden_states.dtype)

@@ -29,19 +29,20 @@ class FSQ(Quantizer):
         self.codebook_size = math.prod(levels)
         self.codebook_dim = len(levels)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.register_buffer("basis", torch.tensor(basis), persistent=False)
+        # on the CPU also where a model is built on the meta device: they are in no file that could fill them
+        self.register_buffer("levels", torch.tensor(levels, device="cpu"), persistent=False)
+        self.register_buffer("basis", torch.tensor(basis, device="cpu"), persistent=False)
         self.levels: Tensor
         self.basis: Tensor
 
     def _quantize(self, latents: Tensor) -> QuantizerOutput:
-        bounded = self._bound(latents)
+        bounded = self.bound(latents)
         rounded = bounded + (bounded.round() - bounded).detach()  # straight-through
         codes = rounded / self._half_width
         zero = codes.new_zeros(())
         return QuantizerOutput(codes, self.codes_to_indices(codes), zero, zero, zero)
 
-    def _bound(self, latents: Tensor) -> Tensor:
+    def bound(self, latents: Tensor) -> Tensor:
         """Squash channel i into an interval that holds exactly `levels[i]` integers (appendix A of the paper)."""
         half_range = (self.levels - 1) * (1 + 1e-3) / 2
         offset = (self.levels + 1) % 2 * 0.5  # even levels round to -l/2 .. l/2 - 1

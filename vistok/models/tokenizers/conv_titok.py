@@ -3,6 +3,9 @@
 As in TiTok, latent tokens and image patches attend to each other, the latents alone are kept and quantised, and a
 decoder fills mask tokens from them. Different from TiTok, a convolutional stem and head (pixel-unshuffle, residual
 blocks, pixel-shuffle) replace the linear patch embedding, the codes are FSQ, and there is no pixel decoder.
+
+Any prefix of the tokens can be decoded: a learned vector stands for each token that is not there (as in FlexTok,
+Bachmann et al. 2025, section 3). How good short prefixes look depends on the share of them in training (`tail_drop`).
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class ConvTiTok(ImageTokenizer):
     """
 
     _supports_gradient_checkpointing = False
+    variable_length = True
 
     @register_to_config
     def __init__(
@@ -82,22 +86,27 @@ class ConvTiTok(ImageTokenizer):
             codebook_dim=self.quantizer.codebook_dim,
         )
 
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
-        """See `ImageTokenizer.encode`; the number of tokens is fixed."""
+    def encode_all(self, images: Tensor) -> Tokens:
+        """See `ImageTokenizer.encode_all`."""
         self.check_images(images)
         indices = self.quantizer.quantize(self.encoder(images.to(self.dtype))).indices
-        return self.limit(Tokens(indices=indices, codebook_size=self.codebook_size), num_tokens)
+        return Tokens(indices=indices, codebook_size=self.codebook_size)
 
     def decode(self, tokens: Tokens) -> Tensor:
         """See `ImageTokenizer.decode`; images are clamped to [-1, 1]."""
         self.check_tokens(tokens)
-        codes = self.quantizer.indices_to_codes(tokens.data.to(self.device))
-        return self.decoder(codes.to(self.dtype)).clamp(-1, 1)
+        codes = self.quantizer.indices_to_codes(tokens.data.to(self.device)).to(self.dtype)
+        codes = F.pad(codes, (0, 0, 0, self.num_tokens - codes.shape[1]))  # [b n c]
+        return self.decoder(codes, tokens.token_counts.to(self.device)).clamp(-1, 1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Training pass: `images [b 3 H W]` -> (reconstruction `[b 3 H W]`, not clamped, indices `[b n]`)."""
+    def forward(self, images: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Training pass: the decoder sees the first `lengths [b]` of all tokens of `images [b 3 H W]`.
+
+        Returns:
+            Reconstructions `[b 3 H W]`, not clamped, and indices `[b n]`.
+        """
         quantized = self.quantizer.quantize(self.encoder(images))
-        return self.decoder(quantized.codes), quantized.indices
+        return self.decoder(quantized.codes, lengths), quantized.indices
 
     @property
     def codebook(self) -> Tensor:
@@ -161,6 +170,7 @@ class ConvTiTokDecoder(nn.Module):
         self.grid_size = grid_size
         self.from_codes = nn.Linear(codebook_dim, dim)
         self.mask_tokens, self.latent_position = _positions(grid_size, num_tokens, dim)
+        self.dropped_embedding = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(PreNormBlock(dim, num_heads, 4 * dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Sequential(
@@ -171,9 +181,11 @@ class ConvTiTokDecoder(nn.Module):
             nn.PixelShuffle(STEM_PATCH),
         )
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """`[b n codebook_dim]` -> `[b 3 H W]`."""
-        latents = self.from_codes(codes) + self.latent_position
+    def forward(self, codes: Tensor, lengths: Tensor) -> Tensor:
+        """The first `lengths [b]` of `codes [b n codebook_dim]` -> `[b 3 H W]`."""
+        is_kept = torch.arange(codes.shape[1], device=codes.device) < lengths[:, None]  # [b n]
+        latents = torch.where(is_kept[..., None], self.from_codes(codes), self.dropped_embedding)  # [b n d]
+        latents = latents + self.latent_position
         hidden_states = torch.cat(
             [self.mask_tokens.expand(len(codes), -1, -1).to(latents.dtype), latents], dim=1
         )

@@ -64,11 +64,10 @@ class MaskGITVQGAN(ImageTokenizer):
         self.quantizer = VQ(codebook_size, codebook_dim, commitment_cost=commitment_cost)
         self.decoder = VQGANDecoder(dim=dim, dim_mults=dim_mults, depth=depth, latent_dim=codebook_dim)
 
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
-        """See `ImageTokenizer.encode`; indices run row by row over the grid, their number is fixed."""
+    def encode_all(self, images: Tensor) -> Tokens:
+        """See `ImageTokenizer.encode_all`; indices run row by row over the grid."""
         indices = self.quantizer.codes_to_indices(self.encode_latents(images))
-        tokens = Tokens(indices=indices, codebook_size=self.codebook_size, layout=self.layout)
-        return self.limit(tokens, num_tokens)
+        return Tokens(indices=indices, codebook_size=self.codebook_size, layout=self.layout)
 
     def decode(self, tokens: Tokens) -> Tensor:
         """See `ImageTokenizer.decode`; images are clamped to [-1, 1]."""

@@ -19,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from vistok.kernels.attention import PackedMask, pack, unpack
 from vistok.models.layers.blocks import PreNormBlock
 from vistok.models.quantizers.base import QuantizerOutput
 from vistok.models.quantizers.gaussian import DiagonalGaussian
@@ -120,10 +121,10 @@ class TiTok(ImageTokenizer):
                 depth=pixel_depth,
             )
 
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tokens:
-        """See `ImageTokenizer.encode`; the number of tokens is fixed."""
+    def encode_all(self, images: Tensor) -> Tokens:
+        """See `ImageTokenizer.encode_all`."""
         indices = self.quantizer.codes_to_indices(self.encode_latents(images))
-        return self.limit(Tokens(indices=indices, codebook_size=self.codebook_size), num_tokens)
+        return Tokens(indices=indices, codebook_size=self.codebook_size)
 
     def decode(self, tokens: Tokens) -> Tensor:
         """See `ImageTokenizer.decode`; images are clamped to [-1, 1]."""
@@ -208,25 +209,19 @@ class TiTokVAE(ImageTokenizer):
         _init_weights(self.encoder)
         _init_weights(self.decoder)
 
-    def encode(
-        self,
-        images: Tensor,
-        num_tokens: int | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        sample: bool = True,
+    def encode_all(
+        self, images: Tensor, *, generator: torch.Generator | None = None, sample: bool = True
     ) -> Tokens:
-        """See `ImageTokenizer.encode`; the number of tokens is fixed.
+        """See `ImageTokenizer.encode_all`.
 
         Args:
             images: `[b 3 H W]` in [-1, 1].
-            num_tokens: `None` or the only number there is.
             generator: a CPU generator for the posterior noise; the same seed gives the same tokens on every device.
             sample: draw from the posterior, as the published figures do; `False` takes its mode.
         """
         posterior = self.posterior(images)
         latents = posterior.sample(self._noise(posterior, generator)) if sample else posterior.mode
-        return self.limit(Tokens(latents=latents), num_tokens)
+        return Tokens(latents=latents)
 
     def decode(self, tokens: Tokens) -> Tensor:
         """See `ImageTokenizer.decode`; images are clamped to [-1, 1]."""
@@ -337,18 +332,36 @@ class TiTokDecoder(nn.Module):
         self.norm_out = nn.LayerNorm(dim)
         self.head = head
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """`codes [b n latent_dim]` -> `[b v g g]` logits or `[b 3 H W]` around [0, 1], by the head."""
+    def forward(self, codes: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """`codes [b n latent_dim]` -> `[b v g g]` logits or `[b 3 H W]` around [0, 1], by the head.
+
+        With `lengths`, only the first codes of each image count: the images are packed into one row, in which each sees
+        itself alone, so the result is that of decoding them one by one.
+        """
         b, n, _ = codes.shape
-        latents = self.from_latents(codes) + self.latent_pos_embed[:n]
+        if lengths is None:
+            latents = self.from_latents(codes)
+        else:
+            latents = unpack(self.from_latents(pack(codes, lengths)), lengths, n)
+        latents = latents + self.latent_pos_embed[:n]
         class_token = self.class_embed.expand(b, 1, -1)
         masks = self.mask_token.expand(b, self.grid_size**2, -1)
         patches = torch.cat([class_token, masks], dim=1) + self.pos_embed
         hidden_states = self.norm_in(torch.cat([patches, latents], dim=1))  # [b 1+g*g+n d]
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
+        hidden_states = self._transform(hidden_states, lengths)
         patches = self.norm_out(hidden_states[:, 1 : 1 + self.grid_size**2])
         return self.head(rearrange(patches, "b (h w) d -> b d h w", h=self.grid_size))
+
+    def _transform(self, hidden_states: Tensor, lengths: Sequence[int] | None) -> Tensor:
+        """All blocks, on `[b 1+g*g+n d]`; packed if the images have different `lengths`."""
+        mask, counts = None, []
+        if lengths is not None:
+            counts = [1 + self.grid_size**2 + length for length in lengths]
+            mask = PackedMask(tuple(counts))
+            hidden_states = pack(hidden_states, counts)  # [1 sum(counts) d]
+        for block in self.blocks:
+            hidden_states = block(hidden_states, mask)
+        return hidden_states if mask is None else unpack(hidden_states, counts)
 
 
 class MixingLinear(nn.Linear):
@@ -429,7 +442,7 @@ def _init_weights(part: nn.Module) -> None:
 SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 
-def _sizes(encoder: str, decoder: str) -> dict[str, int]:
+def transformer_sizes(encoder: str, decoder: str) -> dict[str, int]:
     parts = {"encoder": SIZES[encoder], "decoder": SIZES[decoder]}
     names = ("dim", "depth", "num_heads")
     return {
@@ -439,18 +452,27 @@ def _sizes(encoder: str, decoder: str) -> dict[str, int]:
     }
 
 
-_TWO_STAGE = {"codebook_size": 4096, "codebook_dim": 12, "use_l2_norm": True, "pixel_codebook_size": 1024}
+TWO_STAGE = {"codebook_size": 4096, "codebook_dim": 12, "use_l2_norm": True, "pixel_codebook_size": 1024}
 _SINGLE_STAGE = {"codebook_size": 8192, "codebook_dim": 64, "use_l2_norm": False}
 
 # the released variants: class and constructor arguments; the letters are the sizes of encoder and decoder
 PRESETS: dict[str, tuple[type[ImageTokenizer], dict[str, Any]]] = {
-    "titok-l-32": (TiTok, {"num_tokens": 32, **_sizes("large", "large"), **_TWO_STAGE}),
-    "titok-b-64": (TiTok, {"num_tokens": 64, **_sizes("base", "base"), **_TWO_STAGE}),
-    "titok-s-128": (TiTok, {"num_tokens": 128, **_sizes("small", "small"), **_TWO_STAGE}),
-    "titok-bl-64-vq8k": (TiTok, {"num_tokens": 64, **_sizes("base", "large"), **_SINGLE_STAGE}),
-    "titok-bl-128-vq8k": (TiTok, {"num_tokens": 128, **_sizes("base", "large"), **_SINGLE_STAGE}),
-    "titok-sl-256-vq8k": (TiTok, {"num_tokens": 256, **_sizes("small", "large"), **_SINGLE_STAGE}),
-    "titok-ll-32-vae-c16": (TiTokVAE, {"num_tokens": 32, **_sizes("large", "large"), "latent_dim": 16}),
-    "titok-bl-64-vae-c16": (TiTokVAE, {"num_tokens": 64, **_sizes("base", "large"), "latent_dim": 16}),
-    "titok-bl-128-vae-c16": (TiTokVAE, {"num_tokens": 128, **_sizes("base", "large"), "latent_dim": 16}),
+    "titok-l-32": (TiTok, {"num_tokens": 32, **transformer_sizes("large", "large"), **TWO_STAGE}),
+    "titok-b-64": (TiTok, {"num_tokens": 64, **transformer_sizes("base", "base"), **TWO_STAGE}),
+    "titok-s-128": (TiTok, {"num_tokens": 128, **transformer_sizes("small", "small"), **TWO_STAGE}),
+    "titok-bl-64-vq8k": (TiTok, {"num_tokens": 64, **transformer_sizes("base", "large"), **_SINGLE_STAGE}),
+    "titok-bl-128-vq8k": (TiTok, {"num_tokens": 128, **transformer_sizes("base", "large"), **_SINGLE_STAGE}),
+    "titok-sl-256-vq8k": (TiTok, {"num_tokens": 256, **transformer_sizes("small", "large"), **_SINGLE_STAGE}),
+    "titok-ll-32-vae-c16": (
+        TiTokVAE,
+        {"num_tokens": 32, **transformer_sizes("large", "large"), "latent_dim": 16},
+    ),
+    "titok-bl-64-vae-c16": (
+        TiTokVAE,
+        {"num_tokens": 64, **transformer_sizes("base", "large"), "latent_dim": 16},
+    ),
+    "titok-bl-128-vae-c16": (
+        TiTokVAE,
+        {"num_tokens": 128, **transformer_sizes("base", "large"), "latent_dim": 16},
+    ),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from vistok.models.upstream.checkpoint import read_checkpoint
+from vistok.models.upstream.checkpoint import read_checkpoint, read_metadata
 from vistok.models.upstream.config import load_config
+from vistok.models.upstream.flextok_ar_tree import is_flex_ar_tree
+from vistok.models.upstream.flextok_tree import is_tree
 from vistok.models.upstream.keys import load_strictly
 
 __all__ = [
@@ -27,10 +30,12 @@ __all__ = [
     "load",
     "load_config",
     "read_checkpoint",
+    "stored_config",
+    "system_of_config",
     "translate_weights",
 ]
 
-SYSTEMS = ("maskgit", "maskgit_vqgan", "titok")
+SYSTEMS = ("flextok", "flextok_ar", "flextok_vae", "maskgit", "maskgit_vqgan", "one_d_piece", "titok")
 
 
 def load(system: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> ModelMixin:
@@ -59,6 +64,21 @@ def build_model(system: str, config: Mapping[str, Any]) -> ModelMixin:
 def translate_weights(system: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by published key -> by our key; keys that are not known stay as they are."""
     return _module(system).translate_weights(weights)
+
+
+def stored_config(path: Path | str) -> dict[str, Any] | None:
+    """The configuration that a weights file carries in its header, for `load`; `None` if it has none, as most."""
+    metadata = read_metadata(path)
+    return dict(metadata) if is_tree(metadata) else None
+
+
+def system_of_config(config: Mapping[str, Any]) -> str | None:
+    """The system that a published configuration belongs to, if it tells; `None` if only the weights do."""
+    if is_tree(config):
+        return "flextok"
+    if is_flex_ar_tree(config):
+        return "flextok_ar"
+    return "flextok_vae" if config.get("_class_name") == "AutoencoderKL" else None
 
 
 def check_system(system: str) -> None:

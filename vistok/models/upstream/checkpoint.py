@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,6 +37,15 @@ def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
     return _read_pickle(path) if _is_pickle(start) else _read_safetensors(path)
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """What the header of a `.safetensors` file says besides its tensors, as text; empty for other files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _is_pickle(start: bytes) -> bool:

@@ -24,14 +24,33 @@ class Release:
     hub_id: str
     files: tuple[str, ...]  # weights, then the configuration if there is one
     params: int
-    size_mb: int  # of the weights file, in units of 10^6 bytes
-    config: Mapping[str, Any]  # for `upstream.load`; no file is needed to know it
+    size_mb: int | None  # of the weights file, in units of 10^6 bytes; None: not published
+    config: Mapping[str, Any] | None  # for `upstream.load`; None: only the second of `files` tells it
     licence: str = "Apache-2.0"
     metrics: Mapping[str, float] = field(default_factory=dict)  # as published; not measured by us
     sampling: Mapping[str, Any] | None = (
         None  # published settings of a generator, in the published names and scales
     )
     tokenizer: str | None = None  # name of the release whose tokens a generator makes
+    is_config_in_file: bool = False  # the weights file carries the whole configuration; `config` tells shapes
+
+    def complete_config(self) -> Mapping[str, Any]:
+        """`config`, where that is enough to load weights whose file carries none.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.config is None:
+            raise ValueError(
+                f"weights of {self.name} need their official {self.files[1]}: put it beside them and name the folder, or "
+                "pass it to `vistok convert`"
+            )
+        if self.is_config_in_file:
+            raise ValueError(
+                f"weights of {self.name} need the configuration that their official file carries in its header, and this "
+                "file does not: put the official config.json beside it and name the folder, or pass it to `vistok convert`"
+            )
+        return self.config
 
 
 def matching_releases(weights: Mapping[str, Tensor]) -> list[Release]:
@@ -46,6 +65,8 @@ def matching_releases(weights: Mapping[str, Tensor]) -> list[Release]:
 
 
 def _fits(release: Release, weights: Mapping[str, Tensor]) -> bool:
+    if release.config is None:
+        return False
     with torch.device("meta"):
         model = upstream.build_model(release.system, release.config)
     return not mismatches(model, weights)
@@ -157,6 +178,31 @@ MASKGIT_VQGAN = Release(
     },
 )
 
+# Miwa et al. 2025, release notes: rFID with all 256 tokens, measured as for TiTok
+
+
+def _one_d_piece(letter: str, size: str, params: int, rfid: float) -> Release:
+    sizes = {"vit_enc_model_size": size, "vit_dec_model_size": size}
+    patches = {"vit_enc_patch_size": 16, "vit_dec_patch_size": 16}
+    vq_model = {**sizes, **patches, **_two_stage(256), "strict_length_assertion": False}
+    return Release(
+        f"one-d-piece-{letter}-256",
+        system="one_d_piece",
+        hub_id=f"turing-motors/One-D-Piece-{letter.upper()}-256",
+        files=("pytorch_model.bin",),
+        params=params,
+        size_mb=round(params * 4e-6),
+        config={"model": {"vq_model": vq_model}, "dataset": {"preprocessing": {"crop_size": 256}}},
+        metrics={"rFID (ImageNet-1k val, 256 px, 256 tokens, published)": rfid},
+    )
+
+
+ONE_D_PIECE = [
+    _one_d_piece("s", S, params=83_871_247, rfid=1.48),
+    _one_d_piece("b", B, params=205_256_463, rfid=1.11),
+    _one_d_piece("l", L, params=641_742_863, rfid=1.08),
+]
+
 # Yu et al. 2024, Miwa et al. 2025 and their release notes: gFID of 50,000 images against the ADM reference at 256 px
 
 BERT = {"model_type": "ViT", "hidden_size": 768, "num_hidden_layers": 24, "intermediate_size": 3072}
@@ -253,4 +299,83 @@ MASKGIT = [
     _one_d_piece_generator("l", scale=5.5, temperature=3.0, gfid=2.35),
 ]
 
-RELEASES: dict[str, Release] = {release.name: release for release in [*TITOK, MASKGIT_VQGAN, *MASKGIT]}
+# Bachmann et al. 2025 and papers that cite them: rFID on ImageNet-1k validation images at 256 px
+
+FLEXTOK_LICENCE = "Apple-AMLR"  # weights for research only
+
+
+def _flextok(encoder: int, decoder: int, data: str, *, params: int, rfid: float | None = None) -> Release:
+    sizes = {
+        "enc_dim": 64 * encoder,
+        "enc_depth": encoder,
+        "dec_dim": 64 * decoder,
+        "dec_depth": decoder,
+    }
+    return Release(
+        f"flextok-d{encoder}-d{decoder}-{data}",
+        system="flextok",
+        hub_id=f"EPFL-VILAB/flextok_d{encoder}_d{decoder}_{data}",
+        files=HUB_FILES,
+        params=params,
+        size_mb=round(params * 4e-6),
+        config={**sizes, "num_registers": 256, "latent_channels": 16},
+        licence=FLEXTOK_LICENCE,
+        metrics={} if rfid is None else {"rFID (ImageNet-1k val, 256 px, published)": rfid},
+        sampling={"timesteps": 20, "guidance_scale": 7.5, "perform_norm_guidance": True},
+        is_config_in_file=True,
+    )
+
+
+def _flextok_vae(channels: int, params: int) -> Release:
+    return Release(
+        f"flextok-vae-c{channels}",
+        system="flextok_vae",
+        hub_id=f"EPFL-VILAB/flextok_vae_c{channels}",
+        files=("diffusion_pytorch_model.safetensors", "config.json"),
+        params=params,
+        size_mb=round(params * 4e-6),
+        config={"latent_channels": channels},
+        licence=FLEXTOK_LICENCE,
+    )
+
+
+FLEXTOK = [
+    _flextok(12, 12, "in1k", params=341_651_737, rfid=4.20),
+    _flextok(18, 18, "in1k", params=949_734_553, rfid=1.61),
+    _flextok(18, 28, "in1k", params=2_540_882_841, rfid=1.45),
+    _flextok(18, 28, "dfn", params=2_540_882_841),
+    _flextok_vae(4, 83_653_863),
+    _flextok_vae(8, 83_709_419),
+    _flextok_vae(16, 83_821_011),
+]
+
+# The code of the search-over-tokens release. Parameters as published: those of the blocks, without the token tables.
+# Sizes and options are read from the published config.yaml, and so is the tokenizer where it names one. GridAR-3B is not
+# listed: its grid tokenizer is not FlexTok.
+
+
+def _flex_ar(size: str, task: str, params: int, *, scale: float, tokenizer: str) -> Release:
+    return Release(
+        f"flexar-{size.lower()}-{task}",
+        system="flextok_ar",
+        hub_id=f"EPFL-VILAB/FlexAR-{size}-{task.upper()}",
+        files=("model.safetensors", "config.yaml"),
+        params=params,
+        size_mb=None,
+        config=None,
+        sampling={"sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.0, "cfg_factor": scale},
+        tokenizer=tokenizer,
+    )
+
+
+FLEX_AR = [
+    _flex_ar("113M", "t2i", 113_000_000, scale=3.0, tokenizer="flextok-d18-d28-dfn"),
+    _flex_ar("382M", "t2i", 382_000_000, scale=3.0, tokenizer="flextok-d18-d28-dfn"),
+    _flex_ar("1B", "t2i", 1_150_000_000, scale=3.0, tokenizer="flextok-d18-d28-dfn"),
+    _flex_ar("3B", "t2i", 3_060_000_000, scale=3.0, tokenizer="flextok-d18-d28-dfn"),
+    _flex_ar("1B", "c2i", 1_150_000_000, scale=1.5, tokenizer="flextok-d18-d28-in1k"),
+]
+
+RELEASES: dict[str, Release] = {
+    release.name: release for release in [*TITOK, MASKGIT_VQGAN, *ONE_D_PIECE, *MASKGIT, *FLEXTOK, *FLEX_AR]
+}

@@ -75,31 +75,42 @@ def build_model(config: Mapping[str, Any]) -> TiTok | TiTokVAE:
     """
     config = flatten(config) if "model" in config else config
     try:
-        return _build(config)
+        if config.get("quantize_mode", "vq") == "vae":
+            return TiTokVAE(**_vae_arguments(config))
+        return TiTok(**vq_arguments(config))
     except KeyError as error:
         raise ValueError(f"the TiTok configuration lacks {error}") from None
 
 
-def _build(config: Mapping[str, Any]) -> TiTok | TiTokVAE:
+def vq_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `TiTok` that a flat configuration with discrete tokens stands for; raises as `build_model`."""
     mode, two_stage = config.get("quantize_mode", "vq"), config.get("finetune_decoder", True)
-    if mode not in ("vq", "vae"):
+    if mode != "vq":
         raise ValueError(f"quantize_mode must be 'vq' or 'vae', got {mode!r}")
-    if config.get("is_legacy", True) != two_stage or (mode == "vae" and two_stage):
+    _check_kind(config, is_legacy=two_stage)
+    return {
+        "codebook_size": config["codebook_size"],
+        "codebook_dim": config["token_size"],
+        "commitment_cost": config.get("commitment_cost", 0.25),
+        "use_l2_norm": config["use_l2_norm"],
+        **_transformer_sizes(config),
+        **(_pixel_sizes(config) if two_stage else {}),
+    }
+
+
+def _vae_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    _check_kind(config, is_legacy=False)
+    if config.get("finetune_decoder", True):
+        raise ValueError("a TiTok VAE has one stage: finetune_decoder and is_legacy are false")
+    return {"latent_dim": config["token_size"], **_transformer_sizes(config)}
+
+
+def _check_kind(config: Mapping[str, Any], *, is_legacy: bool) -> None:
+    if config.get("is_legacy", True) != is_legacy:
         raise ValueError(
             "this TiTok configuration is none of the released kinds: two-stage VQ (is_legacy and finetune_decoder "
             "true), single-stage VQ or VAE (both false); an unfinished stage 1 has no pixel decoder to load"
         )
-    sizes = _transformer_sizes(config)
-    if mode == "vae":
-        return TiTokVAE(latent_dim=config["token_size"], **sizes)
-    return TiTok(
-        codebook_size=config["codebook_size"],
-        codebook_dim=config["token_size"],
-        commitment_cost=config.get("commitment_cost", 0.25),
-        use_l2_norm=config["use_l2_norm"],
-        **sizes,
-        **(_pixel_sizes(config) if two_stage else {}),
-    )
 
 
 def _transformer_sizes(config: Mapping[str, Any]) -> dict[str, int]:
