@@ -9,6 +9,7 @@ from PIL import Image
 
 import vistok
 from vistok.cli.evaluate import samples
+from vistok.eval.distances import FeatureDistance
 
 
 @pytest.fixture
@@ -93,7 +94,58 @@ def test_reconstruction(run, folder: Path, model: Path) -> None:
     assert report["num_images"] == 4 and report["codebook_size"] == 20 and report["psnr"] > 0
 
 
-@pytest.mark.parametrize("command", [("fid", "nowhere", "nowhere"), ("reconstruction", "nowhere")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("fid", "nowhere", "nowhere"),
+        ("reconstruction", "nowhere"),
+        ("rate-distortion", "nowhere", "-o", "out"),
+    ],
+)
 def test_a_missing_folder(run, command: tuple) -> None:
     finished = run("eval", *command)
     assert finished.code == 2 and "nowhere does not exist" in finished.stderr
+
+
+@pytest.fixture
+def no_weights(monkeypatch, tmp_path: Path) -> None:
+    """LPIPS cannot be had; the packaged distance is replaced by that of mean colours."""
+
+    def load_distance(name: str, device: str):
+        if name == "lpips":
+            raise FileNotFoundError("LPIPS needs vgg16.pth, and it could not be downloaded. Put it there")
+        return FeatureDistance(Means())
+
+    monkeypatch.setattr("vistok.eval.distances.load_distance", load_distance)
+
+
+def test_rate_distortion(run, folder: Path, model: Path, tmp_path: Path, no_weights) -> None:
+    out = tmp_path / "curves"
+    command = ("eval", "rate-distortion", folder, "-o", out, "--codecs", "jpeg")
+    finished = run(*command, "--model", model, "--num-tokens", "1,6", "--num-images", 3)
+    assert finished.code == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    assert report["num_images"] == 3 and report["image_size"] == [16, 16]
+    assert [point["value"] for point in report["points"] if point["method"] == "tiny"] == [1, 6]
+    assert report["points"][-1]["method"] == "jpeg" and set(report["distances"]) == {"means"}
+    assert report["unavailable"] == {"lpips": "LPIPS needs vgg16.pth, and it could not be downloaded"}
+    assert "lpips is not measured" in finished.stderr and "Put it there" in finished.stderr
+    assert {str(path) for path in out.iterdir()} == set(report["output"])
+    assert str(tmp_path) not in (out / "rate-distortion.json").read_text()
+
+
+def test_rate_distortion_refuses_what_cannot_be_compared(
+    run, folder: Path, model: Path, tmp_path: Path, no_weights
+) -> None:
+    out = tmp_path / "curves"
+    for options, message in [
+        (("--codecs", "jpegxl"), "unknown codec 'jpegxl'"),
+        (("--codecs", "none"), "give one or more methods"),
+        (("--codecs", "none", "--model", model, "--image-size", 32), "all methods must code the same pixels"),
+        (("--codecs", "none", "--model", model, "--num-tokens", "1,x"), "--num-tokens takes whole numbers"),
+        (("--codecs", "none", "--model", model, "--num-tokens", "99"), "decodes 1 to 6 tokens, not 99"),
+        (("--num-images", 99), "num_images must be in 1..4"),
+    ]:
+        finished = run("eval", "rate-distortion", folder, "-o", out, "--distances", "none", *options)
+        assert finished.code == 2 and message in finished.stderr, finished.stderr
+    assert not out.exists()

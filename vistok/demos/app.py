@@ -104,7 +104,7 @@ def reconstruct(
 
 def _generation_tab(pipeline: TextToImagePipeline) -> None:
     preset = pipeline.sampling_settings()
-    prompt = gr.Textbox("red apple", label="What to draw")
+    prompt = gr.Textbox("red apple", label="What to draw", elem_id="prompt")
     with gr.Row():
         seed = gr.Number(0, label="Seed", info="of the first image", precision=0, minimum=0)
         num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", info="seeds count up")
@@ -115,7 +115,7 @@ def _generation_tab(pipeline: TextToImagePipeline) -> None:
             0.1, 2, preset["temperature"], step=0.05, label="Temperature", info="low is careful"
         )
     button = gr.Button("Draw", variant="primary")
-    gallery = gr.Gallery(label="Images", columns=4, height="auto", format="png")
+    gallery = gr.Gallery(label="Images", elem_id="images", columns=4, height="auto", format="png")
     inputs = [prompt, seed, num_images, guidance_scale, temperature]
     gr.on(
         [button.click, prompt.submit],
@@ -133,6 +133,7 @@ def _tokenization_tab(tokenizer: ImageTokenizer) -> None:
                 type="filepath",
                 image_mode=None,
                 label="Picture",
+                elem_id="picture",
                 sources=["upload", "clipboard"],
                 height=PICTURE_HEIGHT,
             )
@@ -142,14 +143,17 @@ def _tokenization_tab(tokenizer: ImageTokenizer) -> None:
                 tokenizer.num_tokens,
                 step=1,
                 label="Tokens",
+                elem_id="num-tokens",
                 info="the picture is decoded from the first ones alone",
                 visible=tokenizer.variable_length,
             )
             button = gr.Button("Tokenize", variant="primary")
         with gr.Column():
-            slider = gr.ImageSlider(label="Original and reconstruction", format="png", height=PICTURE_HEIGHT)
-            figures = gr.Textbox(label="Figures")
-            ids = gr.Textbox(label="Token ids", lines=4, max_lines=8, buttons=["copy"])
+            slider = gr.ImageSlider(
+                label="Original and reconstruction", elem_id="comparison", format="png", height=PICTURE_HEIGHT
+            )
+            figures = gr.Textbox(label="Figures", elem_id="figures")
+            ids = gr.Textbox(label="Token ids", elem_id="token-ids", lines=4, max_lines=8, buttons=["copy"])
     gr.on(
         [button.click, num_tokens.release],
         _showing_errors(functools.partial(reconstruct, tokenizer)),
