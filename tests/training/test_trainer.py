@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vistok.models.tokenizers.conv_titok import ConvTiTok
 from vistok.training.augment import Augmentation
 from vistok.training.recipe import Optimization, Recipe, load_recipe
 from vistok.training.run import run
@@ -88,10 +89,23 @@ def test_training_starts_from_the_weights_of_another(tmp_path):
     start = {"start_from": str(tmp_path / "first" / "model")}
     options = dataclasses.replace(OPTIMIZATION, num_steps=1, lr=0.0, final_lr=0.0)
     task = {**tokenizer_recipe().task, "tail_drop": 0.5, "perceptual": 0.1, "perceptual_images": 2}
-    run(dataclasses.replace(tokenizer_recipe(), **start, task=task, optimization=options), tmp_path / "second")
+    run(
+        dataclasses.replace(tokenizer_recipe(), **start, task=task, optimization=options), tmp_path / "second"
+    )
     assert weights(tmp_path / "second") == weights(tmp_path / "first")
     logged = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[0])
     assert logged["perceptual"] > 0
+
+
+def test_a_frozen_encoder_keeps_every_token(tmp_path):
+    run(tokenizer_recipe(), tmp_path / "first")
+    task = {**tokenizer_recipe().task, "freeze_encoder": True}
+    start = {"start_from": str(tmp_path / "first" / "model"), "seed": 1}
+    run(dataclasses.replace(tokenizer_recipe(), task=task, **start), tmp_path / "second")
+    first, second = (ConvTiTok.from_pretrained(tmp_path / name / "model") for name in ("first", "second"))
+    same = {key: torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items()}
+    assert all(equal for key, equal in same.items() if key.startswith("encoder."))
+    assert not all(equal for key, equal in same.items() if key.startswith("decoder."))
 
 
 def test_a_generator_trains_on_the_tokens_of_a_trained_tokenizer(tmp_path):

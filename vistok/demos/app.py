@@ -20,6 +20,11 @@ from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.pipelines.text_to_image import TextToImagePipeline
 
 MAX_IMAGES = 16
+# By default a gallery has a fixed height with a scroll bar, and a comparison cuts off what is too high for it.
+CSS = """
+#images .grid-wrap { min-height: 0; overflow-y: auto; }
+#comparison img { object-fit: contain; height: 100%; }
+"""
 PICTURE_HEIGHT = 340  # pixels on the page
 
 
@@ -56,6 +61,7 @@ def serve(app: gr.Blocks, *, host: str = "127.0.0.1", port: int = 0, share: bool
         quiet=True,
         ssr_mode=False,
         footer_links=["api"],
+        css=CSS,
     )
     return shared_url or url
 
