@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vistok.eval.distances import Distance
-    from vistok.eval.rate_distortion import TokenizerMethod
+    from vistok.eval.rate_distortion import Method, TokenizerMethod
     from vistok.pipelines.base import ImagePipeline
 
 logger = logging.getLogger(__name__)
@@ -193,9 +193,10 @@ def rate_distortion(
     lengths = None if num_tokens is None else _numbers(num_tokens, "--num-tokens")
     tokenizers = _tokenizer_methods(models or [], lengths, place, dtype)
     measured, unavailable = _distances(_names(distances), place)
+    methods: list[Method] = [*tokenizers, *classical]
     result = measure_rate_distortion(
         source,
-        [*tokenizers, *classical],
+        methods,
         measured,
         unavailable=unavailable,
         image_size=_common_size(image_size, tokenizers),

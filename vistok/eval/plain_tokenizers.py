@@ -7,6 +7,7 @@ FlexTok's decoder computes every register and every modulation anew at each step
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from vistok.kernels.attention import AttentionMask, attention_backend
 from vistok.models.tokenizers import flow
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.tokenizers.flextok import FlexTok, FlexTokDecoder, Registers
-from vistok.models.tokenizers.flextok_blocks import layer_norm
+from vistok.models.tokenizers.flextok_blocks import EncoderBlock, layer_norm
 from vistok.models.tokenizers.noise import normal_noise
 from vistok.tokens import Tokens
 
@@ -65,7 +66,8 @@ def _flextok_encode(tokenizer: FlexTok, images: Tensor) -> Tokens:
     registers = encoder.registers.expand(len(patches), -1, -1)
     hidden_states = torch.cat([patches, registers], dim=1)  # [b p+n d]
     mask = PrefixCausalMask(patches.shape[1])
-    for block in encoder.blocks:
+    for module in encoder.blocks:
+        block = cast(EncoderBlock, module)
         normed = layer_norm(hidden_states, block.norm_eps)
         hidden_states = hidden_states + block.attn(normed, mask)
         hidden_states = hidden_states + block.mlp(layer_norm(hidden_states, block.norm_eps))

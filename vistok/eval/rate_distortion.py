@@ -92,7 +92,7 @@ class TokenizerMethod:
         self.tokenizer = tokenizer
         self.codec = ImageCodec(tokenizer, model=name)
         self.bits_per_token = math.log2(self.codec.codebook_size)
-        self.values = _prefixes(tokenizer, num_tokens)
+        self.values: Sequence[int] = _prefixes(tokenizer, num_tokens)
         self.description = (
             f"{tokenizer.identity()}, {tokenizer.num_tokens} tokens of {self.bits_per_token:.2f} bits; "
             "the file is that of `vistok compress` with a uniform entropy model"
@@ -239,8 +239,9 @@ class Tally:
     def add(self, coded: Coded, measures: dict[str, list[float]]) -> None:
         """Add a batch with its measures."""
         rates = {"file": coded.file_bytes, "payload": coded.payload_bytes or []}
-        for name, values in {**measures, **rates}.items():
-            self.columns[name] += values
+        for columns in (measures, rates):
+            for name, values in columns.items():
+                self.columns[name].extend(values)
 
     def point(self, method: Method, value: int, num_pixels: int) -> Point:
         """Means over all images of `num_pixels` pixels."""

@@ -66,6 +66,7 @@ def _draw(result: RateDistortion, path: Path) -> None:
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.tick_params(axis="x", labelsize=8, labelrotation=30)
         panel.set_xlabel("bytes per pixel")
         panel.set_ylabel(MEASURE_LABELS.get(measure, f"{measure} distance (lower is better)"))
         panel.grid(True, which="both", alpha=0.25)

@@ -126,8 +126,17 @@ def measure(
         ours_mib, plain_mib = (
             peak_memory(call, tokenizer.device) for call in (operation.ours, operation.plain)
         )
-        seconds = _seconds((operation.ours, operation.plain), repeats, tokenizer.device)
-        yield Measurement(family, operation.name, batch_size, *seconds, ours_mib, plain_mib, difference)
+        seconds, plain_seconds = _seconds((operation.ours, operation.plain), repeats, tokenizer.device)
+        yield Measurement(
+            family,
+            operation.name,
+            batch_size,
+            seconds,
+            plain_seconds,
+            ours_mib,
+            plain_mib,
+            difference,
+        )
 
 
 def _operations(tokenizer: ImageTokenizer, images: Tensor, num_steps: int) -> Iterator[Operation]:
