@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,18 @@ def assemble(tokenizer: Path, generator: Path, folder: Path, **preset: Any) -> N
     pipeline = TextToImagePipeline(tokenizer_model, generator_model, **preset)
     with atomic_path(folder) as partial:
         pipeline.save_pretrained(partial)
+        _make_shippable(partial)
+
+
+def _make_shippable(folder: Path) -> None:
+    """Forget where the parts came from, and let everyone read the files."""
+    for file in folder.rglob("*.*"):
+        if file.name == "config.json":
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if file.is_file():
+            file.chmod(0o644)
 
 
 def main() -> None:
