@@ -38,8 +38,7 @@ vistok.load("{name}")("red apple", seed=7).images[0].save("apple.png")
   `emoji-datasource` (MIT): 3,374 pictures, built by `python -m vistok.data.emoji`. A tenth of the names is held out
   of both trainings.
 - **Recipes**, in `vistok/training/recipes/`: `emoji-tokenizer.yaml`, `-prefix` (any prefix of the tokens can be
-  decoded), `-decoder` and `-sharpen` (the decoder alone, with more weight on the perceptual loss), and
-  `emoji-generator.yaml` on the tokens of the second stage. Float16 weights of the averaged models, joined by
+  decoded), `-decoder` (the decoder alone, with more weight on the perceptual loss), and `emoji-generator.yaml` on the tokens of the second stage. Float16 weights of the averaged models, joined by
   `python -m vistok.training.assemble`. The perceptual loss uses EfficientNet-Lite1, the measurements below Lite0.
 - **Licence**: Apache-2.0.
 - **Limits**: it knows what the emoji set shows, by the names used there; other texts give the nearest thing it knows,
