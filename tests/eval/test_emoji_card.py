@@ -6,7 +6,7 @@ from vistok.eval.emoji_card import write_card
 REPORT = {
     "reconstruction": {"psnr": 20.123, "ssim": 0.8, "codebook_usage": 0.5},
     "reconstruction_all": {"psnr": 21.0, "ssim": 0.8, "codebook_usage": 0.9},
-    "generated": {"every": {"share": 0.625}},
+    "generated": {"every": {"share": 0.625}, "heldout": {"share": 0.25}},
     "chance": 0.03,
     "lengths": [
         {"num_tokens": 1, "psnr": 11.04, "recognised": {"share": 0.1, "num_images": 10}},
