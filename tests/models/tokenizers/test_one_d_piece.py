@@ -59,7 +59,8 @@ def test_mixed_lengths_decode_together_as_one_by_one(model: OneDPiece, images: T
     together = model.decode(tokens.keep(LENGTHS))
     for i, length in enumerate(LENGTHS):
         alone = model.decode(tokens[i : i + 1].keep(length))
-        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+        # the tolerance of the release's images: matrix products sum in another order for another number of rows
+        torch.testing.assert_close(together[i : i + 1], alone, atol=5e-5, rtol=0)
     assert (together[1:] - model.decode(tokens)[1:]).abs().amax(dim=(1, 2, 3)).min() > 1e-3  # lengths matter
 
 
