@@ -161,6 +161,11 @@ class Tokens:
         return replace(self, latents=data, lengths=lengths)
 
 
+def growing_prefixes(most: int) -> list[int]:
+    """Numbers of tokens that show an image coarse to fine: 1, 2, 4, ... and `most` itself."""
+    return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
+
+
 def concatenate(batches: list[Tokens]) -> Tokens:
     """One batch out of several of the same tokenizer, padded to the longest.
 

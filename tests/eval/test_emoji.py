@@ -12,12 +12,12 @@ import vistok
 from vistok.data.emoji import read_index
 from vistok.eval import emoji as report_command
 from vistok.eval.emoji import main, markdown
-from vistok.eval.emoji_lengths import length_curve, length_strip, powers_of_two
+from vistok.eval.emoji_lengths import length_curve, length_strip
 from vistok.eval.emoji_measures import evaluate_emoji
 from vistok.eval.emoji_set import RealSet, draw_names, first_by_name
 from vistok.eval.neighbours import chance_level, nearest, share_of
 from vistok.models.tokenizers.base import ImageTokenizer
-from vistok.tokens import Tokens
+from vistok.tokens import Tokens, growing_prefixes
 
 
 def measure(pipeline, folder, extractor, **options):
@@ -82,9 +82,9 @@ def test_more_tokens_show_more(emoji_folder, extractor):
 
 
 def test_powers_of_two_end_with_all_tokens():
-    assert powers_of_two(64) == [1, 2, 4, 8, 16, 32, 64]
-    assert powers_of_two(6) == [1, 2, 4, 6]
-    assert powers_of_two(1) == [1]
+    assert growing_prefixes(64) == [1, 2, 4, 8, 16, 32, 64]
+    assert growing_prefixes(6) == [1, 2, 4, 6]
+    assert growing_prefixes(1) == [1]
 
 
 def test_the_strip_of_prefixes_has_a_row_per_emoji_and_the_original_last(emoji_folder):

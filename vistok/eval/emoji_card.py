@@ -43,8 +43,8 @@ vistok.load("{name}")("red apple", seed=7).images[0].save("apple.png")
   The perceptual loss uses EfficientNet-Lite1, the measurements below Lite0.
 - **Licence**: Apache-2.0.
 - **Limits**: it knows what the emoji set shows, by the names used there, nearly by heart; other texts give the nearest
-  thing it knows, or a mixture, and a name held out of training is seldom drawn right. Colour words work on objects, not
-  on people and flags. The share of recognised images below says how often a picture shows what was asked for.
+  thing it knows, or a mixture, and a name held out of training is seldom drawn right. Colour words work on some objects,
+  not on people and flags. The share of recognised images below says how often a picture shows what was asked for.
 
 ## Measured
 

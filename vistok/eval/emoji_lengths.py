@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vistok.eval.rate_distortion_report import check_plotting
 from vistok.eval.reconstruction import psnr
 from vistok.eval.sources import to_float, to_uint8
 from vistok.models.tokenizers.base import ImageTokenizer
-from vistok.tokens import Tokens
+from vistok.tokens import growing_prefixes
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,6 @@ class LengthPoint:
     recognised: Share  # of the names drawn: the nearest real image has the right subcategory
 
 
-def powers_of_two(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself."""
-    return [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
-
-
 @torch.inference_mode()
 def length_curve(
     tokenizer: ImageTokenizer, reals: RealSet, names: Sequence[str], extractor: FeatureExtractor
@@ -46,29 +41,33 @@ def length_curve(
     heldout = reals.images[[index for index, entry in enumerate(reals.emoji) if entry.split == "heldout"]]
     named = reals.images[[reals.by_name[name] for name in names]]
     wanted = [reals.named(name).subcategory for name in names]
-    lengths = powers_of_two(tokenizer.num_tokens) if tokenizer.variable_length else [tokenizer.num_tokens]
     points = []
-    for num_tokens in lengths:
-        rebuilt = _from_prefixes(tokenizer, named, num_tokens)
+    prefixes = zip(
+        prefix_lengths(tokenizer), _decodings(tokenizer, named), _decodings(tokenizer, heldout), strict=True
+    )
+    for num_tokens, rebuilt, rebuilt_heldout in prefixes:
         made = extract_features(rebuilt.split(BATCH_SIZE), extractor, name=f"{num_tokens} tokens")
         neighbours = nearest(made.features, reals.features.features).tolist()
         hits = [
             reals.emoji[index].subcategory == subcategory
             for index, subcategory in zip(neighbours, wanted, strict=True)
         ]
-        value = psnr(_from_prefixes(tokenizer, heldout, num_tokens), heldout).mean().item()
+        value = psnr(rebuilt_heldout, heldout).mean().item()
         points.append(LengthPoint(num_tokens, value, share_of(hits)))
     return points
 
 
-def _from_prefixes(tokenizer: ImageTokenizer, images: Tensor, num_tokens: int) -> Tensor:
-    """uint8 `[n 3 H W]` -> reconstructions from `num_tokens` tokens, uint8 `[n 3 H W]`."""
-    return torch.cat(
-        [
-            to_uint8(tokenizer.decode(tokenizer.encode(to_float(batch).to(tokenizer.device), num_tokens)))
-            for batch in images.split(BATCH_SIZE)
-        ]
-    )
+def prefix_lengths(tokenizer: ImageTokenizer) -> list[int]:
+    """Lengths to show: growing ones, or the only one of a tokenizer of fixed length."""
+    most = tokenizer.num_tokens
+    return growing_prefixes(most) if tokenizer.variable_length else [most]
+
+
+def _decodings(tokenizer: ImageTokenizer, images: Tensor) -> Iterator[Tensor]:
+    """uint8 `[n 3 H W]` -> reconstructions from each of `prefix_lengths`, uint8 `[n 3 H W]`; encoded once."""
+    tokens = [tokenizer.encode(to_float(batch).to(tokenizer.device)) for batch in images.split(BATCH_SIZE)]
+    for num_tokens in prefix_lengths(tokenizer):
+        yield torch.cat([to_uint8(tokenizer.decode(batch.keep(num_tokens))) for batch in tokens])
 
 
 @torch.inference_mode()
@@ -81,15 +80,11 @@ def length_strip(
     names = draw_names(heldout, min(rows, len(heldout)), seed)
     images = to_float(read_images(folder, [named[name] for name in names], tokenizer.image_size))
     tokens = tokenizer.encode(images.to(tokenizer.device))
-    lengths = powers_of_two(tokenizer.num_tokens) if tokenizer.variable_length else [tokenizer.num_tokens]
-    columns = [_decode(tokenizer, tokens, length) for length in lengths] + [images]
+    lengths = prefix_lengths(tokenizer)
+    columns = [tokenizer.decode(tokens.keep(length)).float().cpu() for length in lengths] + [images]
     pictures = [column[row : row + 1] for row in range(len(names)) for column in columns]
     labels = [_count(length) for length in lengths] + ["original"]
     return grid(to_pil(torch.cat(pictures)), labels * len(names), columns=len(columns))
-
-
-def _decode(tokenizer: ImageTokenizer, tokens: Tokens, num_tokens: int) -> Tensor:
-    return tokenizer.decode(tokens.keep(num_tokens)).float().cpu()
 
 
 def _count(length: int) -> str:

@@ -28,6 +28,7 @@ from vistok.eval.machine import describe_machine
 from vistok.eval.reconstruction import psnr, ssim
 from vistok.eval.sources import pixels, to_float, to_uint8
 from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.tokens import growing_prefixes
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _prefixes(tokenizer: ImageTokenizer, num_tokens: Sequence[int] | None) -> li
     if not tokenizer.variable_length:
         return [longest]
     if num_tokens is None:
-        return [*(2**i for i in range(longest.bit_length()) if 2**i < longest), longest]
+        return growing_prefixes(longest)
     if not num_tokens or min(num_tokens) < 1 or max(num_tokens) > longest:
         raise ValueError(
             f"{type(tokenizer).__name__} decodes 1 to {longest} tokens, not {', '.join(map(str, num_tokens))}"

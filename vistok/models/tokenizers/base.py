@@ -14,7 +14,7 @@ from torch import Tensor
 from vistok.models.identity import model_identity
 from vistok.models.tokenizers.length_search import LengthChoice, PerceptualDistance, psnr, shortest_prefixes
 from vistok.models.upstream.lpips import load_lpips
-from vistok.tokens import Layout, Tokens
+from vistok.tokens import Layout, Tokens, growing_prefixes
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             raise ValueError(f"{type(self).__name__} decodes only all {self.num_tokens} tokens of an image")
         longest = tokens.data.shape[1]
         if num_tokens is None:
-            num_tokens = [2**i for i in range(longest.bit_length()) if 2**i < longest] + [longest]
+            num_tokens = growing_prefixes(longest)
         prefixes = [tokens.keep(length) for length in num_tokens]
         return (self.decode(prefix, **_with_copied_generators(options)) for prefix in prefixes)
 
