@@ -10,7 +10,7 @@ def test_raster_decides_every_position_once_and_sees_only_the_past(num_tokens):
     decided = torch.cat(order.plan())
     assert len(order.plan()) == order.num_steps
     assert sorted(decided.tolist()) == list(range(num_tokens))
-    assert torch.equal(order.training_mask(), torch.ones(num_tokens, num_tokens).tril(-1).bool())
+    assert torch.equal(order.prediction_mask(), torch.ones(num_tokens, num_tokens).tril(-1).bool())
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 32, 128, 256])

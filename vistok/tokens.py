@@ -11,17 +11,70 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Where token `i` of an image lies: in a 1D sequence (`grid=None`) or row-major on a grid (t, h, w or h, w)."""
+    """How the tokens of one image lie: in a 1D sequence, row-major on a grid, or on several grids, coarse to fine.
+
+    Args:
+        grid: (h, w) or (t, h, w); `None` for a sequence or a pyramid.
+        scales: the grids (h, w) of a pyramid, one after another; `None` for a sequence or a grid.
+
+    Raises:
+        ValueError: both, a size below 1, or no axis.
+    """
 
     grid: tuple[int, ...] | None = None
+    scales: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.grid is not None and self.scales is not None:
+            raise ValueError("a layout is a grid or a pyramid of scales, and not both")
+        sizes = self.grid if self.scales is None else [size for scale in self.scales for size in scale]
+        if sizes is not None and (not len(sizes) or min(sizes) < 1):
+            raise ValueError(f"the sizes of a layout are at least 1, got {self.grid or self.scales}")
 
     def __str__(self) -> str:
+        if self.scales is not None:
+            return "+".join("x".join(map(str, scale)) for scale in self.scales)
         return "sequence" if self.grid is None else "x".join(map(str, self.grid))
 
     @classmethod
     def parse(cls, text: str) -> Layout:
         """Inverse of `str(layout)`."""
-        return cls() if text == "sequence" else cls(tuple(int(size) for size in text.split("x")))
+        if text == "sequence":
+            return cls()
+        grids = [tuple(int(size) for size in part.split("x")) for part in text.split("+")]
+        return cls(grids[0]) if len(grids) == 1 else cls(scales=tuple((h, w) for h, w in grids))
+
+    @property
+    def num_axes(self) -> int:
+        """Coordinates of a token: its place in a sequence; one per axis of a grid; scale, row, column of a pyramid."""
+        if self.scales is not None:
+            return 3
+        return 1 if self.grid is None else len(self.grid)
+
+    def coordinates(self, num_tokens: int) -> Tensor:
+        """Where each of `num_tokens` tokens lies, `[n axes]`, int64; in a pyramid float32, in units of the finest grid.
+
+        Raises:
+            ValueError: the layout has another number of positions.
+        """
+        if self.scales is not None:
+            h, w = self.scales[-1]
+            places = torch.cat([_pyramid_places(i, scale, (h, w)) for i, scale in enumerate(self.scales)])
+        else:
+            sizes = (num_tokens,) if self.grid is None else self.grid
+            places = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).reshape(-1, len(sizes))
+        if len(places) != num_tokens:
+            raise ValueError(f"a layout {self} has {len(places)} positions, not {num_tokens}")
+        return places
+
+
+def _pyramid_places(level: int, scale: tuple[int, int], finest: tuple[int, int]) -> Tensor:
+    """Level, row and column of one scale's tokens, `[h*w 3]`: the centres of what they cover on the finest grid."""
+    rows, columns = (
+        (torch.arange(size) + 0.5) * fine / size - 0.5 for size, fine in zip(scale, finest, strict=True)
+    )
+    places = torch.cartesian_prod(rows, columns)
+    return torch.cat([torch.full((len(places), 1), float(level)), places], dim=1)
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,7 @@ def test_ctrl_c_while_drawing(run, model: Path, out: Path, monkeypatch) -> None:
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vistok.pipelines.text_to_image.generate_next_token", interrupted)
+    monkeypatch.setattr("vistok.pipelines.text_to_image.generate_ordered", interrupted)
     finished = run("generate", "cat", "-o", f"{out}/new/", "--model", model)
     assert_refused(finished, "interrupted", code=130)
     assert not list(out.iterdir())

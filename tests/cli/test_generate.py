@@ -110,7 +110,7 @@ def test_ctrl_c_ends_the_progress_bar(run, model: Path, out: Path, monkeypatch) 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vistok.decoding.next_token.apply_guidance", interrupted)
+    monkeypatch.setattr("vistok.decoding.ordered.apply_guidance", interrupted)
     finished = run("generate", "cat", "-o", out / "a.png", "--model", model)
     assert finished.code == 130
     assert finished.stderr.rstrip().endswith(

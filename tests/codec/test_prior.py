@@ -49,10 +49,10 @@ def test_likely_tokens_take_fewer_bytes_than_unlikely_ones() -> None:
         cache = model.new_cache(1)
         with torch.no_grad():
             logits = model.prefill(model.null_condition(1), cache)
-            chosen[name].append(int(choose(logits[0])))
+            chosen[name].append(int(choose(logits[0, -1])))
             while len(chosen[name]) < 9:
-                logits = model.step(torch.tensor(chosen[name][-1:]), cache)
-                chosen[name].append(int(choose(logits[0])))
+                logits = model.step(torch.tensor([chosen[name][-1:]]), cache)
+                chosen[name].append(int(choose(logits[0, -1])))
     likely, unlikely = (len(encode_indices(chosen[name], GeneratorPredictor(model))) for name in chosen)
     assert likely < 9 * np.log2(300) / 8 < unlikely
 

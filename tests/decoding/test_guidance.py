@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from vistok.decoding.guidance import ConstantGuidance, LinearGuidance, PowerCosineGuidance, apply_guidance
+from vistok.decoding.guidance import (
+    ConstantGuidance,
+    LinearGuidance,
+    PowerCosineGuidance,
+    StepsGuidance,
+    apply_guidance,
+)
 
 
 def test_scale_one_gives_back_the_conditional_prediction():
@@ -21,3 +27,18 @@ def test_ramps_start_off_and_rise_towards_the_scale(schedule):
 
 def test_constant_is_constant():
     assert {ConstantGuidance(2.5).at(step, 4) for step in range(4)} == {2.5}
+
+
+def test_steps_guidance_ends_after_its_steps():
+    assert [StepsGuidance(2.5, 2).at(step, 4) for step in range(4)] == [2.5, 2.5, 1.0, 1.0]
+    with pytest.raises(ValueError, match="num_guided counts steps and must be at least 0, got -1"):
+        StepsGuidance(2.5, -1)
+
+
+@pytest.mark.parametrize("scale", [0.99, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "make", [ConstantGuidance, LinearGuidance, PowerCosineGuidance, lambda s: StepsGuidance(s, 1)]
+)
+def test_scales_below_one_or_not_finite_are_refused(make, scale):
+    with pytest.raises(ValueError, match="guidance_scale must be at least 1, which is off"):
+        make(scale)

@@ -102,10 +102,14 @@ def test_a_guidance_scale_of_one_computes_one_branch(model: MaskGIT) -> None:
 def test_predict_applies_the_guidance_formula(model: MaskGIT) -> None:
     indices = torch.full((4, model.num_tokens), model.mask_token_id)
     cond = model(indices, LABELS)
-    uncond = model(indices, torch.full_like(LABELS, model.null_label))
-    guided = predict(model, indices, LABELS, 2.5)
+    null = torch.full_like(LABELS, model.null_label)
+    uncond = model(indices, null)
+    guided = predict(model, indices, LABELS, null, 2.5)
     torch.testing.assert_close(guided, uncond + 2.5 * (cond - uncond), atol=1e-5, rtol=0)
-    assert torch.equal(predict(model, indices, LABELS, 1.0), cond)
+    assert torch.equal(predict(model, indices, LABELS, null, 1.0), cond)
+    away = model(indices, null - 1)
+    guided = predict(model, indices, LABELS, null - 1, 2.5)
+    torch.testing.assert_close(guided, away + 2.5 * (cond - away), atol=1e-5, rtol=0)
 
 
 def test_no_noise_means_no_randomness(model: MaskGIT) -> None:

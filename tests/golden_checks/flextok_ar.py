@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.golden_checks.case import Check, Comparison, GoldenCase
 from vistok.decoding.guidance import ConstantGuidance
-from vistok.decoding.next_token import generate_next_token
+from vistok.decoding.ordered import generate_ordered
 from vistok.decoding.sampling import SamplingParams
 from vistok.decoding.streams import ImageStreams
 from vistok.models import upstream
@@ -63,8 +63,8 @@ def _check_logits(
     comparison.compare("outputs/logits_null", model(null, indices), case.outputs["logits_null"])
     cache = model.new_cache(len(indices))
     steps = [model.prefill(condition, cache)]
-    steps += [model.step(indices[:, i], cache) for i in range(indices.shape[1] - 1)]
-    comparison.compare("logits with a cache", torch.stack(steps, dim=1), case.outputs["logits"])
+    steps += [model.step(indices[:, i : i + 1], cache) for i in range(indices.shape[1] - 1)]
+    comparison.compare("logits with a cache", torch.cat(steps, dim=1), case.outputs["logits"])
 
 
 def _check_generation(
@@ -80,7 +80,7 @@ def _check_generation(
         if not name.startswith("greedy_ids_"):
             continue
         run = name.removeprefix("greedy_ids_")
-        tokens = generate_next_token(
+        tokens = generate_ordered(
             model,
             condition,
             streams=ImageStreams.from_seeds(range(len(condition))),

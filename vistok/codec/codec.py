@@ -11,7 +11,7 @@ from vistok.codec.container import Container, Prior, check_codebook_size, checks
 from vistok.codec.entropy import Predictor, UniformPredictor, decode_indices, encode_indices
 from vistok.codec.prior import GeneratorPredictor, reproducible
 from vistok.data.images import resize_and_crop, to_pil, to_tensor
-from vistok.models.generators.base import Generator, NextTokenGenerator
+from vistok.models.generators.base import Generator, OrderedGenerator
 from vistok.models.identity import model_identity
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.tokens import Tokens
@@ -42,7 +42,7 @@ class ImageCodec:
         self.codebook_size = tokenizer.codebook_size
         self.model = model
         self.identity = tokenizer.identity()
-        self.generator: NextTokenGenerator | None = None
+        self.generator: OrderedGenerator | None = None
         if generator is not None:
             self.generator_identity = model_identity(generator)
             self.generator = reproducible(_fitting(generator, tokenizer))
@@ -148,9 +148,9 @@ class ImageCodec:
         return GeneratorPredictor(self.generator)
 
 
-def _fitting(generator: Generator, tokenizer: ImageTokenizer) -> NextTokenGenerator:
+def _fitting(generator: Generator, tokenizer: ImageTokenizer) -> OrderedGenerator:
     """`generator`, if it can predict the tokens of `tokenizer` one after the other."""
-    if not isinstance(generator, NextTokenGenerator):
+    if not isinstance(generator, OrderedGenerator):
         raise ValueError(
             f"{type(generator).__name__} does not predict the next token; without a prior, any tokenizer will do"
         )

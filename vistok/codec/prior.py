@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vistok.codec.entropy import constriction
-from vistok.models.generators.base import NextTokenGenerator
+from vistok.models.generators.base import OrderedGenerator
 
 TOTAL = 2**24  # the range coder's probabilities are multiples of 1 / TOTAL
 STEPS_PER_NAT = 32  # grid of log-probabilities: rounding to it costs about 1e-4 bits per token
@@ -32,7 +32,7 @@ class GeneratorPredictor:
         model: as `reproducible` returns it.
     """
 
-    def __init__(self, model: NextTokenGenerator) -> None:
+    def __init__(self, model: OrderedGenerator) -> None:
         self.model = model
         self.cache = model.new_cache(1)
 
@@ -42,13 +42,13 @@ class GeneratorPredictor:
             if previous is None:
                 logits = self.model.prefill(self.model.null_condition(1), self.cache)
             else:
-                logits = self.model.step(torch.tensor([previous]), self.cache)
-            counts = integer_counts(logits[0])
+                logits = self.model.step(torch.tensor([[previous]]), self.cache)
+            counts = integer_counts(logits[0, -1])
         # constriction adds 1 to every count; as they then sum to TOTAL, it scales nothing and stays exact.
         return constriction().stream.model.Categorical(counts.astype(np.float64), perfect=False)
 
 
-def reproducible(model: NextTokenGenerator) -> NextTokenGenerator:
+def reproducible(model: OrderedGenerator) -> OrderedGenerator:
     """A copy of `model` on the CPU in float64, in evaluation mode."""
     return copy.deepcopy(model).cpu().double().eval()
 

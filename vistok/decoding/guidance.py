@@ -15,6 +15,12 @@ def apply_guidance(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tenso
     return uncond + guidance_scale * (cond - uncond)
 
 
+def check_guidance_scale(scale: float) -> None:
+    """Raises ValueError unless `scale` is finite and at least 1."""
+    if not 1 <= scale < float("inf"):
+        raise ValueError(f"guidance_scale must be at least 1, which is off, and finite; got {scale}")
+
+
 class GuidanceSchedule(Protocol):
     """A guidance scale per step."""
 
@@ -34,8 +40,27 @@ class ConstantGuidance:
 
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_guidance_scale(self.scale)
+
     def at(self, step: int, num_steps: int) -> float:
         return self.scale
+
+
+@dataclass(frozen=True)
+class StepsGuidance:
+    """`scale` for the first `num_guided` steps, then off (the "cfg interval" of LlamaGen and NAR)."""
+
+    scale: float
+    num_guided: int
+
+    def __post_init__(self) -> None:
+        check_guidance_scale(self.scale)
+        if self.num_guided < 0:
+            raise ValueError(f"num_guided counts steps and must be at least 0, got {self.num_guided}")
+
+    def at(self, step: int, num_steps: int) -> float:
+        return self.scale if step < self.num_guided else 1.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +68,9 @@ class LinearGuidance:
     """From 1.0 at step 0 towards `scale`, which would be reached after the last step (as in TiTok's generators)."""
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_guidance_scale(self.scale)
 
     def at(self, step: int, num_steps: int) -> float:
         return 1 + (self.scale - 1) * step / num_steps
@@ -54,6 +82,9 @@ class PowerCosineGuidance:
 
     scale: float = 1.0
     power: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_guidance_scale(self.scale)
 
     def at(self, step: int, num_steps: int) -> float:
         progress = (1 - math.cos(math.pi * (step / num_steps) ** self.power)) / 2

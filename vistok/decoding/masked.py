@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vistok.decoding.given import Given
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_guidance
-from vistok.decoding.next_token import StepCallback
+from vistok.decoding.ordered import StepCallback
+from vistok.decoding.sampling import LogitsProcessor
 from vistok.decoding.streams import UniformSource
 from vistok.models.generators.base import MaskedGenerator
 from vistok.order import ConfidenceOrder
@@ -60,11 +62,15 @@ def generate_masked(
     streams: UniformSource,
     sampling: MaskedSamplingParams | None = None,
     guidance: GuidanceSchedule | None = None,
+    null_labels: Tensor | None = None,
+    given: Given | None = None,
+    logits_processor: LogitsProcessor | None = None,
     on_step: StepCallback | None = None,
 ) -> Tensor:
     """Sample all tokens of a batch of images (Chang et al. 2022, section 3.2, with the noise of TiTok's release).
 
-    A decided token never changes. Every row has the same number of masked positions at every step.
+    A decided token never changes. Without given tokens every row has the same number of masked positions at every step;
+    with them a row's schedule is that of its own undecided positions.
 
     Args:
         model: a masked generator.
@@ -72,20 +78,30 @@ def generate_masked(
         streams: at each step one draw per position and code is taken from it, then one draw per position.
         sampling: number of steps, noise, annealing.
         guidance: scale per step; where it is 1.0 the unconditional branch is not computed.
+        null_labels: `[b]` classes that guidance leads away from; "no class" by default.
+        given: tokens that are not drawn and that all others see from the beginning.
+        logits_processor: changes the guided logits of every step.
         on_step: called after every step with the canvas; undecided positions hold `model.mask_token_id`.
 
     Returns:
         `[b n]` int64 with `n = model.num_tokens`.
+
+    Raises:
+        ValueError: `given` does not fit.
     """
     sampling = sampling or MaskedSamplingParams()
     guidance = guidance or ConstantGuidance()
-    order = ConfidenceOrder(model.num_tokens, steps=sampling.num_steps)
     class_labels = class_labels.to(model.device)
-    shape = (len(class_labels), model.num_tokens)
-    indices = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)
-    num_masked = model.num_tokens
-    for step in range(order.num_steps):
-        logits = predict(model, indices, class_labels, guidance.at(step, order.num_steps))  # [b n v]
+    null = torch.full_like(class_labels, model.null_label) if null_labels is None else null_labels
+    indices = _canvas(model, len(class_labels), given)
+    schedules = [
+        _num_masked(row, sampling.num_steps) for row in (indices == model.mask_token_id).sum(dim=1).tolist()
+    ]
+    for step in range(sampling.num_steps):
+        scale = guidance.at(step, sampling.num_steps)
+        logits = predict(model, indices, class_labels, null.to(model.device), scale)  # [b n v]
+        if logits_processor is not None:
+            logits = logits_processor(logits)
         logits = logits / sampling.softmax_temperature_at(step)
         noise = sampling.noise_at(step)
         code_noise = gumbel(streams.uniform(model.num_tokens, model.codebook_size)).to(logits.device)
@@ -94,19 +110,45 @@ def generate_masked(
         confidence = logits.gather(-1, proposed[..., None])[..., 0]
         confidence = confidence + noise * gumbel(streams.uniform(model.num_tokens)).to(logits.device)
         is_masked = indices == model.mask_token_id
-        num_masked = order.num_masked_after(step, num_masked)
-        least_sure = confidence.masked_fill(~is_masked, float("inf")).topk(num_masked, largest=False).indices
-        indices = torch.where(is_masked, proposed, indices).scatter(1, least_sure, model.mask_token_id)
+        num_masked = torch.tensor([schedule[step] for schedule in schedules], device=indices.device)
+        ranks = (
+            confidence.masked_fill(~is_masked, float("inf")).argsort(dim=-1).argsort(dim=-1)
+        )  # 0: least sure
+        indices = torch.where(is_masked, proposed, indices)
+        indices = indices.masked_fill(ranks < num_masked[:, None], model.mask_token_id)
         if on_step is not None:
             on_step(step, indices)
     return indices
 
 
-def predict(model: MaskedGenerator, indices: Tensor, class_labels: Tensor, guidance_scale: float) -> Tensor:
+def _canvas(model: MaskedGenerator, batch_size: int, given: Given | None) -> Tensor:
+    """Where decoding begins: masks, and the tokens that are given; `[b n]`."""
+    shape = (batch_size, model.num_tokens)
+    masks = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)
+    if given is None:
+        return masks
+    given.check(*shape, model.codebook_size)
+    return given.to(model.device).put(masks, torch.arange(model.num_tokens, device=model.device))
+
+
+def _num_masked(num_undecided: int, num_steps: int) -> list[int]:
+    """How many positions of an image are masked after every step; an image without undecided ones has none."""
+    if num_undecided == 0:
+        return [0] * num_steps
+    order = ConfidenceOrder(num_undecided, steps=num_steps)
+    counts = [num_undecided]
+    for step in range(num_steps):
+        counts.append(order.num_masked_after(step, counts[-1]))
+    return counts[1:]
+
+
+def predict(
+    model: MaskedGenerator, indices: Tensor, class_labels: Tensor, null_labels: Tensor, guidance_scale: float
+) -> Tensor:
     """Guided float32 logits `[b n v]`; both branches go through the model as one batch."""
     if guidance_scale == 1.0:
         return model(indices, class_labels).float()
-    labels = torch.cat([class_labels, torch.full_like(class_labels, model.null_label)])
+    labels = torch.cat([class_labels, null_labels])
     cond, uncond = model(indices.repeat(2, 1), labels).float().chunk(2)
     return apply_guidance(cond, uncond, guidance_scale)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LogitsProcessor = Callable[
+    [Tensor], Tensor
+]  # guided float32 logits [b k v] -> the same shape, before sampling
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,17 @@ class SamplingParams:
 
 
 def token_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution that `sample` draws from: `logits [... v]` -> probabilities `[... v]` float32."""
+    """The distribution that `sample` draws from: `logits [... v]` -> probabilities `[... v]` float32.
+
+    Raises:
+        ValueError: `top_k` is larger than the vocabulary.
+    """
+    if params.top_k is not None and params.top_k > logits.shape[-1]:
+        raise ValueError(
+            f"top_k {params.top_k} is larger than the vocabulary of {logits.shape[-1]}; leave it out to keep all ids"
+        )
     logits = logits.float() / params.temperature
-    if params.top_k is not None and params.top_k < logits.shape[-1]:
+    if params.top_k is not None:
         smallest = logits.topk(params.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     probs = logits.softmax(dim=-1)
@@ -66,17 +79,17 @@ def _keep_mass(probs: Tensor, rank: Tensor, mass: float) -> Tensor:
 
 
 def sample(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> Tensor:
-    """Draw one id per row by inverting the cumulative distribution.
+    """Draw one id per distribution by inverting its cumulative distribution.
 
     Args:
-        logits: `[b v]`.
+        logits: `[... v]`.
         params: how to draw.
-        uniforms: `[b]` in [0, 1), one draw per row.
+        uniforms: `[...]` in [0, 1), one draw per distribution.
 
     Returns:
-        `[b]` int64.
+        `[...]` int64.
     """
-    cumulative = token_probabilities(logits, params).double().cumsum(dim=-1)  # [b v]
-    target = uniforms.to(logits.device).double()[:, None] * cumulative[:, -1:]
+    cumulative = token_probabilities(logits, params).double().cumsum(dim=-1)  # [... v]
+    target = uniforms.to(logits.device).double()[..., None] * cumulative[..., -1:]
     # side="right": an id without probability has an empty interval and is never drawn.
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, target, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)

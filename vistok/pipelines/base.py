@@ -16,9 +16,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from vistok.data.images import to_pil
-from vistok.decoding.next_token import StepCallback, check_num_tokens
+from vistok.decoding.ordered import StepCallback, check_num_tokens
 from vistok.decoding.streams import ImageStreams
-from vistok.models.generators.base import Generator, NextTokenGenerator
+from vistok.models.generators.base import Generator, OrderedGenerator
 from vistok.models.tokenizers.base import ImageTokenizer, NumTokens
 from vistok.pipelines.decoder import ImageDecoder, Preview, PreviewCallback
 from vistok.tokens import Tokens
@@ -94,7 +94,7 @@ class ImagePipeline(DiffusionPipeline):
         """What shows the tokens so far; raises ValueError where there is nothing to show before the end."""
         if callback is None:
             return None
-        if not isinstance(self.transformer, NextTokenGenerator):
+        if not isinstance(self.transformer, OrderedGenerator):
             raise ValueError(
                 f"{type(self.transformer).__name__} decides its tokens in no fixed order: there are no previews"
             )

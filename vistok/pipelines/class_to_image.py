@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vistok.data.imagenet import NUM_CLASSES, class_index
 from vistok.decoding.masked import generate_masked
-from vistok.decoding.next_token import StepCallback, generate_next_token
+from vistok.decoding.ordered import StepCallback, generate_ordered
 from vistok.decoding.streams import ImageStreams
-from vistok.models.generators.base import MaskedGenerator, NextTokenGenerator
+from vistok.models.generators.base import MaskedGenerator, OrderedGenerator
 from vistok.models.generators.flex_ar import FlexARClass
 from vistok.models.tokenizers.base import ImageTokenizer, NumTokens
 from vistok.models.upstream.maskgit import sampling_settings
@@ -23,7 +23,7 @@ from vistok.pipelines.decoder import PreviewCallback
 from vistok.pipelines.settings import (
     ALL_SETTINGS,
     MaskedSettings,
-    NextTokenSettings,
+    OrderedSettings,
     Settings,
     override,
     settings_for,
@@ -38,7 +38,7 @@ class ClassToImagePipeline(ImagePipeline):
     """Draws images of classes, with a masked or with a next-token generator.
 
     The settings are the preset, used where a call does not say otherwise. Those that the kind of generator does not
-    have must stay `None`; the others are, where `None`, those of `MaskedSettings` or `NextTokenSettings`.
+    have must stay `None`; the others are, where `None`, those of `MaskedSettings` or `OrderedSettings`.
 
     Args:
         tokenizer: decodes the tokens.
@@ -46,7 +46,7 @@ class ClassToImagePipeline(ImagePipeline):
         num_inference_steps, guidance_schedule, guidance_power, choice_temperature, softmax_annealing: of a masked
             generator, see `MaskedSettings`.
         guidance_scale: of both kinds.
-        temperature, top_k, top_p: of a next-token generator, see `NextTokenSettings`.
+        temperature, top_k, top_p: of a next-token generator, see `OrderedSettings`.
         decode_options: for `tokenizer.decode`.
 
     Raises:
@@ -192,14 +192,14 @@ class ClassToImagePipeline(ImagePipeline):
     def _draw_next(
         self,
         labels: Tensor,
-        settings: NextTokenSettings,
+        settings: OrderedSettings,
         streams: ImageStreams,
         lengths: Tensor,
         later_null: Tensor | None,
         on_step: StepCallback,
     ) -> Tokens:
-        assert isinstance(self.transformer, NextTokenGenerator)
-        return generate_next_token(
+        assert isinstance(self.transformer, OrderedGenerator)
+        return generate_ordered(
             self.transformer,
             labels,
             streams=streams,
@@ -213,7 +213,7 @@ class ClassToImagePipeline(ImagePipeline):
     def _later_null(self, null_class: int | None, batch_size: int) -> Tensor | None:
         if null_class is None:
             return None
-        if not isinstance(self.transformer, NextTokenGenerator):
+        if not isinstance(self.transformer, OrderedGenerator):
             raise ValueError(f"null_class is not a setting of a {type(self.transformer).__name__}")
         return torch.full((batch_size,), self._class_index(null_class))
 

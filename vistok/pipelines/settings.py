@@ -13,7 +13,7 @@ from vistok.models.generators.base import Generator, MaskedGenerator
 
 
 @dataclass(frozen=True)
-class NextTokenSettings:
+class OrderedSettings:
     """Of a next-token generator: `ConstantGuidance` and `SamplingParams`.
 
     Raises:
@@ -68,8 +68,8 @@ class MaskedSettings:
         return make_guidance(self.guidance_schedule, self.guidance_scale, self.guidance_power)
 
 
-Settings = NextTokenSettings | MaskedSettings
-KINDS: tuple[type[Settings], ...] = (NextTokenSettings, MaskedSettings)
+Settings = OrderedSettings | MaskedSettings
+KINDS: tuple[type[Settings], ...] = (OrderedSettings, MaskedSettings)
 ALL_SETTINGS = tuple(dict.fromkeys(field.name for kind in KINDS for field in fields(kind)))
 
 
@@ -79,7 +79,7 @@ def settings_for(transformer: Generator, given: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: one that this kind of generator does not have, or a value outside its range.
     """
-    kind = MaskedSettings if isinstance(transformer, MaskedGenerator) else NextTokenSettings
+    kind = MaskedSettings if isinstance(transformer, MaskedGenerator) else OrderedSettings
     return override(kind(), given, type(transformer).__name__)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vistok.decoding.next_token import generate_next_token
+from vistok.decoding.ordered import generate_ordered
 from vistok.models.generators.base import Condition, repeat_each
 from vistok.models.generators.flex_ar import FlexARText
 from vistok.models.generators.text_ar import TextAR
@@ -16,7 +16,7 @@ from vistok.models.generators.text_features import TextEncoder, TextFeatures, lo
 from vistok.models.tokenizers.base import ImageTokenizer, NumTokens
 from vistok.pipelines.base import ImagePipeline, ImagePipelineOutput, StepEnd, check_request
 from vistok.pipelines.decoder import PreviewCallback
-from vistok.pipelines.settings import NextTokenSettings
+from vistok.pipelines.settings import OrderedSettings
 
 
 class TextToImagePipeline(ImagePipeline):
@@ -50,7 +50,7 @@ class TextToImagePipeline(ImagePipeline):
     ) -> None:
         super().__init__()
         self._check_fit(tokenizer, transformer)
-        settings = NextTokenSettings(guidance_scale, temperature, top_k, top_p)
+        settings = OrderedSettings(guidance_scale, temperature, top_k, top_p)
         self.text_encoder: TextEncoder | None = None
         self.register_modules(tokenizer=tokenizer, transformer=transformer)
         self.register_to_config(**asdict(settings), decode_options=decode_options)
@@ -103,7 +103,7 @@ class TextToImagePipeline(ImagePipeline):
             ModuleNotFoundError, FileNotFoundError: the text encoder cannot be loaded, see `load_t5`.
         """
         check_request(output_type, num_images_per_prompt)
-        settings = NextTokenSettings(**self.sampling_settings(guidance_scale, temperature, top_k, top_p))
+        settings = OrderedSettings(**self.sampling_settings(guidance_scale, temperature, top_k, top_p))
         num_prompts = _num_prompts(prompt, prompt_features)
         total = num_prompts * num_images_per_prompt
         lengths = self._lengths(num_tokens, total)
@@ -112,7 +112,7 @@ class TextToImagePipeline(ImagePipeline):
         preview = self._preview(preview_callback, preview_at, lengths, decoder, output_type)
         condition, null = self._conditions(prompt, prompt_features, null_features, settings.guidance_scale)
         with self._steps(int(lengths.max()), callback_on_step_end, preview) as on_step:
-            tokens = generate_next_token(
+            tokens = generate_ordered(
                 self.transformer,
                 repeat_each(condition, num_images_per_prompt),
                 streams=streams,

@@ -54,9 +54,9 @@ def test_cached_steps_equal_the_training_pass(case, indices) -> None:
     model, condition = case
     cache = model.new_cache(2)
     logits = [model.prefill(condition, cache)]
-    logits += [model.step(indices[:, i], cache) for i in range(5)]
+    logits += [model.step(indices[:, i : i + 1], cache) for i in range(5)]
     expected = model(condition, indices)
-    torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
@@ -64,11 +64,11 @@ def test_a_rolled_back_cache_continues_as_if_nothing_had_been_appended(case, ind
     model, condition = case
     cache = model.new_cache(2)
     model.prefill(condition, cache)
-    expected = model.step(indices[:, 0], cache)
+    expected = model.step(indices[:, 0:1], cache)
     cache.rollback(1)
-    assert not torch.allclose(model.step(indices[:, 1], cache), expected)
+    assert not torch.allclose(model.step(indices[:, 1:2], cache), expected)
     cache.rollback(1)
-    torch.testing.assert_close(model.step(indices[:, 0], cache), expected)
+    torch.testing.assert_close(model.step(indices[:, 0:1], cache), expected)
 
 
 @torch.inference_mode()
@@ -87,9 +87,9 @@ def test_a_small_cache_is_for_few_tokens(case, indices) -> None:
     model, condition = case
     cache = model.new_cache(2, num_tokens=2)
     model.prefill(condition, cache)
-    model.step(indices[:, 0], cache)
+    model.step(indices[:, 0:1], cache)
     with pytest.raises(ValueError, match="holds 2 positions"):
-        model.step(indices[:, 1], cache)
+        model.step(indices[:, 1:2], cache)
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (2, 7), (2,)])

@@ -3,7 +3,7 @@ import torch
 
 from vistok import TextAR
 from vistok.decoding.guidance import ConstantGuidance
-from vistok.decoding.next_token import generate_next_token
+from vistok.decoding.ordered import generate_ordered
 from vistok.decoding.streams import ImageStreams
 from vistok.models.generators.text_ar import hash_ngrams
 
@@ -31,8 +31,8 @@ def test_cached_steps_equal_the_training_pass(model):
     expected = model(condition, indices)
     cache = model.new_cache(2)
     logits = [model.prefill(condition, cache)]
-    logits += [model.step(indices[:, i], cache) for i in range(5)]
-    torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=1e-5, rtol=0)
+    logits += [model.step(indices[:, i : i + 1], cache) for i in range(5)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
@@ -41,11 +41,11 @@ def test_rolled_back_cache_continues_as_if_nothing_had_been_appended(model):
     cache = model.new_cache(1)
     model.prefill(condition, cache)
     length = cache.length
-    expected = model.step(torch.tensor([3]), cache)
+    expected = model.step(torch.tensor([[3]]), cache)
     cache.rollback(length)
-    model.step(torch.tensor([7]), cache)
+    model.step(torch.tensor([[7]]), cache)
     cache.rollback(length)
-    torch.testing.assert_close(model.step(torch.tensor([3]), cache), expected)
+    torch.testing.assert_close(model.step(torch.tensor([[3]]), cache), expected)
 
 
 def test_ngrams_are_hashed_by_the_bytes_that_end_them(model):
@@ -79,10 +79,10 @@ def test_logits_do_not_depend_on_later_tokens(model):
 @pytest.mark.parametrize("guidance", [ConstantGuidance(1.0), ConstantGuidance(3.0)])
 def test_the_same_seed_gives_the_same_tokens_at_batch_1_and_16(model, guidance):
     prompts = [f"prompt {i}" for i in range(16)]
-    together = generate_next_token(
+    together = generate_ordered(
         model, model.encode_text(prompts), streams=ImageStreams.from_seeds(range(16)), guidance=guidance
     )
-    alone = generate_next_token(
+    alone = generate_ordered(
         model, model.encode_text(prompts[5:6]), streams=ImageStreams.from_seeds([5]), guidance=guidance
     )
     assert torch.equal(alone.data[0], together.data[5])
@@ -93,11 +93,11 @@ def test_samples_of_the_first_token_follow_the_model(model):
     """Chi-square over many images with one prompt; 43.8 is the 0.999 quantile at 19 degrees of freedom."""
     num = 4000
     condition = model.encode_text(["dog"]).expand(num, -1)
-    drawn = generate_next_token(
+    drawn = generate_ordered(
         model, condition, streams=ImageStreams.from_seeds(range(num)), num_tokens=1
     ).data[:, 0]
     with torch.inference_mode():
-        probs = model.prefill(condition[:1], model.new_cache(1))[0].softmax(dim=0).double()
+        probs = model.prefill(condition[:1], model.new_cache(1))[0, 0].softmax(dim=0).double()
     expected = probs * num
     counts = torch.bincount(drawn, minlength=20)
     assert ((counts - expected) ** 2 / expected).sum() < 43.8
@@ -107,7 +107,7 @@ def test_guidance_of_one_does_not_compute_the_unconditional_branch(model, monkey
     monkeypatch.setattr(
         model, "null_condition", lambda batch_size: pytest.fail("unconditional branch was run")
     )
-    generate_next_token(model, model.encode_text(["dog"]), streams=ImageStreams.from_seeds([0]))
+    generate_ordered(model, model.encode_text(["dog"]), streams=ImageStreams.from_seeds([0]))
 
 
 def test_every_parameter_gets_a_gradient_and_dropout_only_acts_in_training():

@@ -19,6 +19,9 @@ class AttentionMask:
     def __and__(self, other: AttentionMask) -> AttentionMask:
         return BothMask(self, other)
 
+    def __or__(self, other: AttentionMask) -> AttentionMask:
+        return EitherMask(self, other)
+
 
 @dataclass(frozen=True)
 class CausalMask(AttentionMask):
@@ -40,6 +43,45 @@ class KeyMask(AttentionMask):
         if self.keep.shape[-1] != num_keys:
             raise ValueError(f"KeyMask covers {self.keep.shape[-1]} keys, the attention has {num_keys}")
         return self.keep.to(device)[:, None, None, :]  # [b 1 1 k]
+
+
+@dataclass(frozen=True)
+class OrderMask(AttentionMask):
+    """Positions see what was decided no later than they were, by their ranks, as an `Order` gives them.
+
+    A query sees a key of its own rank, and a key of a lower rank unless that key is private.
+
+    Args:
+        query_ranks: `[q]` int64, or `[b q]` where the rows of a batch have orders of their own.
+        key_ranks: `[k]` or `[b k]` int64.
+        is_private: `[k]` boolean: keys that only queries of their own rank see; none when `None`.
+    """
+
+    query_ranks: Tensor
+    key_ranks: Tensor
+    is_private: Tensor | None = None
+
+    def allows(self, query_ranks: Tensor, key_ranks: Tensor, is_private: Tensor | None) -> Tensor:
+        """The rule itself, for ranks of any shape."""
+        earlier = key_ranks < query_ranks
+        if is_private is not None:
+            earlier = earlier & ~is_private
+        return earlier | (key_ranks == query_ranks)
+
+    def check(self, num_queries: int, num_keys: int) -> None:
+        """Raises ValueError unless there is one rank per query and key."""
+        if (self.query_ranks.shape[-1], self.key_ranks.shape[-1]) != (num_queries, num_keys):
+            raise ValueError(
+                f"OrderMask covers {self.query_ranks.shape[-1]} queries and {self.key_ranks.shape[-1]} keys, "
+                f"the attention has {num_queries} and {num_keys}"
+            )
+
+    def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        self.check(num_queries, num_keys)
+        is_private = None if self.is_private is None else self.is_private.to(device)
+        queries, keys = self.query_ranks.to(device), self.key_ranks.to(device)
+        allowed = self.allows(queries[..., :, None], keys[..., None, :], is_private)  # [q k] or [b q k]
+        return allowed[:, None] if allowed.ndim == 3 else allowed[None, None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +122,27 @@ class PackedMask(AttentionMask):
         self.check(num_queries, num_keys)
         ids = self.sequence_ids(device)
         return (ids[:, None] == ids)[None, None]  # [1 1 n n]
+
+
+@dataclass(frozen=True)
+class SelfMask(AttentionMask):
+    """Every query sees the key at its own place, counted from the end; padding then attends to itself, not to nothing."""
+
+    def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        places = torch.arange(num_keys - num_queries, num_keys, device=device)
+        return (torch.arange(num_keys, device=device) == places[:, None])[None, None]  # [1 1 q k]
+
+
+@dataclass(frozen=True)
+class EitherMask(AttentionMask):
+    """A pair may attend where one of two boolean masks allows it."""
+
+    left: AttentionMask
+    right: AttentionMask
+
+    def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        left = self.left.dense(num_queries, num_keys, device)
+        return left | self.right.dense(num_queries, num_keys, device)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vistok.models.generators.text_features import TextFeatures
 from vistok.models.layers.kv_cache import KVCache
+from vistok.order import Order, RasterOrder
 from vistok.tokens import Layout
 
 Condition = Tensor | TextFeatures  # one row per image
@@ -24,11 +25,17 @@ class Generator(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define c
     layout: Layout = Layout()
 
 
-class NextTokenGenerator(Generator):
-    """A causal generator with explicit state.
+class OrderedGenerator(Generator):
+    """A generator that decides the positions of an image in a fixed order, with explicit state.
 
-    A `condition` is a `Condition` of the kind that the model is made for, a `cache` what its `new_cache` gives.
+    A `condition` is a `Condition` of the kind that the model is made for, a `cache` what its `new_cache` gives. How
+    many tokens were fed follows from the length of the cache; there is no other state.
     """
+
+    @property
+    def order(self) -> Order:
+        """Which positions are decided at which step; next token unless a family says otherwise."""
+        return RasterOrder(self.num_tokens)
 
     def new_cache(self, batch_size: int, num_tokens: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows, with room for `num_tokens` of an image, all when `None`."""
@@ -39,11 +46,20 @@ class NextTokenGenerator(Generator):
         raise NotImplementedError(f"{type(self).__name__} does not define null_condition()")
 
     def prefill(self, condition: Any, cache: Any) -> Tensor:
-        """Feed the condition; returns the logits of the first token, `[b codebook_size]`."""
+        """Feed the condition; returns the logits of the positions of step 0 in ascending order, `[b k codebook_size]`."""
         raise NotImplementedError(f"{type(self).__name__} does not define prefill()")
 
     def step(self, indices: Tensor, cache: Any) -> Tensor:
-        """Feed one token per row, `[b]` int64; returns the logits of the next one, `[b codebook_size]`."""
+        """Feed the tokens decided last; returns the logits of the positions that the order decides next.
+
+        Args:
+            indices: `[b k]` int64, the tokens of one step, by ascending position. A next-token generator takes any
+                number of tokens and returns the logits of what follows each of them.
+            cache: holds everything fed before.
+
+        Returns:
+            `[b k' codebook_size]`, by ascending position.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define step()")
 
 

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.kernels.attention import CausalMask, KeyMask, attention
-from vistok.models.generators.base import NextTokenGenerator
+from vistok.models.generators.base import OrderedGenerator
 from vistok.models.generators.text_features import TextFeatures
 from vistok.models.layers.attention import SelfAttention
 from vistok.models.layers.kv_cache import KVCache, LayerCache
@@ -94,7 +94,7 @@ class TextKeys:
     keep: Tensor
 
 
-class FlexAR(NextTokenGenerator):
+class FlexAR(OrderedGenerator):
     """What both kinds of conditioning share: tokens in, blocks, logits out."""
 
     _supports_gradient_checkpointing = False
@@ -135,8 +135,9 @@ class FlexAR(NextTokenGenerator):
         )
 
     def step(self, indices: Tensor, cache: FlexARCache) -> Tensor:
-        embedded = self.token_embed(indices)[:, None] + self.position_embed[cache.length]  # [b 1 d]
-        return self.head(self.trunk(embedded, cache.text, cache))[:, -1]
+        first, num_fed = cache.length, indices.shape[1]
+        embedded = self.token_embed(indices) + self.position_embed[first : first + num_fed]  # [b k d]
+        return self.head(self.trunk(embedded, cache.text, cache))
 
     def embed(self, indices: Tensor) -> Tensor:
         """`[start, tokens but the last]` with positions: `indices [b n]` -> `[b n d]`.
@@ -225,9 +226,9 @@ class FlexARClass(FlexAR):
         return vectors.masked_fill((class_labels == NO_CLASS)[:, None], 0.0)
 
     def prefill(self, condition: Tensor, cache: FlexARCache) -> Tensor:
-        """Feed the start and the class `[b]`; returns logits `[b codebook_size]`."""
+        """Feed the start and the class `[b]`; returns logits `[b 1 codebook_size]`."""
         start = self.start_embed[0] + self.position_embed[:1] + self.embed_class(condition)  # [b d]
-        return self.head(self.trunk(start[:, None], None, cache))[:, -1]
+        return self.head(self.trunk(start[:, None], None, cache))
 
     def embed_all(self, condition: Tensor, indices: Tensor) -> Tensor:
         """As `embed`, with the class `[b]` added to the start."""
@@ -295,10 +296,10 @@ class FlexARText(FlexAR):
         )
 
     def prefill(self, condition: TextFeatures, cache: FlexARCache) -> Tensor:
-        """Read the text, feed the start; returns logits `[b codebook_size]`."""
+        """Read the text, feed the start; returns logits `[b 1 codebook_size]`."""
         cache.text = self.read_text(condition)
         start = (self.start_embed + self.position_embed[:1]).expand(len(condition), -1, -1)  # [b 1 d]
-        return self.head(self.trunk(start, cache.text, cache))[:, -1]
+        return self.head(self.trunk(start, cache.text, cache))
 
     def read_text(self, text: TextFeatures) -> list[TextKeys]:
         """What every block's cross-attention reads of a text; the same at all positions, so it is computed once.

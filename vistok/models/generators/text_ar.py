@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.kernels.attention import CausalMask
-from vistok.models.generators.base import NextTokenGenerator
+from vistok.models.generators.base import OrderedGenerator
 from vistok.models.layers.attention import SelfAttention
 from vistok.models.layers.kv_cache import KVCache, LayerCache
 from vistok.models.layers.norm import RMSNorm
@@ -29,7 +29,7 @@ NGRAM_SIZES = (3, 4, 6)  # bytes
 HASH_PRIME, HASH_FACTOR = 1_000_003, 7919
 
 
-class TextAR(NextTokenGenerator):
+class TextAR(OrderedGenerator):
     """Next-token generator conditioned on text.
 
     Args:
@@ -108,17 +108,17 @@ class TextAR(NextTokenGenerator):
         )
 
     def prefill(self, condition: Tensor, cache: KVCache) -> Tensor:
-        """Feed text `[b text_length]` and the start token; returns logits `[b codebook_size]`."""
+        """Feed text `[b text_length]` and the start token; returns logits `[b 1 codebook_size]`."""
         assert isinstance(cache, TextARCache)
         text, cache.summary = self.text_encoder(condition)
         start = self._embed(self.start_embed.expand(len(condition), -1, -1), cache.summary, first=0)
-        return self._logits(torch.cat([text, start], dim=1), cache)[:, -1]
+        return self._logits(torch.cat([text, start], dim=1), cache)
 
     def step(self, indices: Tensor, cache: KVCache) -> Tensor:
         assert isinstance(cache, TextARCache)
         position = cache.length - self.text_length // TEXT_STRIDE
-        embedded = self._embed(self.token_embed(indices)[:, None], cache.summary, first=position)
-        return self._logits(embedded, cache)[:, -1]
+        embedded = self._embed(self.token_embed(indices), cache.summary, first=position)
+        return self._logits(embedded, cache, last=indices.shape[1])
 
     def forward(self, condition: Tensor, indices: Tensor) -> Tensor:
         """Training pass: text `[b text_length]` and the tokens seen so far `[b n]` -> logits `[b n codebook_size]`.

@@ -5,7 +5,7 @@ import torch
 
 from vistok import FlexARClass
 from vistok.decoding.guidance import ConstantGuidance
-from vistok.decoding.next_token import check_num_tokens, generate_next_token
+from vistok.decoding.ordered import check_num_tokens, generate_ordered
 from vistok.decoding.sampling import SamplingParams
 from vistok.decoding.streams import ImageStreams
 
@@ -28,7 +28,7 @@ GUIDED = ConstantGuidance(2.5)
 
 def draw(model: FlexARClass, rows: slice = slice(None), **options):
     streams = ImageStreams.from_seeds(range(10, 13)[rows])
-    return generate_next_token(model, LABELS[rows], streams=streams, **options)
+    return generate_ordered(model, LABELS[rows], streams=streams, **options)
 
 
 @pytest.mark.parametrize("guidance", [ConstantGuidance(), GUIDED])

@@ -1,4 +1,4 @@
-"""The next-token loop: prefill, then one sampled token after the other, until every image has its tokens."""
+"""The loop of every generator with a fixed order: prefill, then one step's tokens after the other."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vistok.decoding.given import Given
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_guidance
-from vistok.decoding.sampling import SamplingParams, sample
+from vistok.decoding.sampling import LogitsProcessor, SamplingParams, sample
 from vistok.decoding.streams import UniformSource
-from vistok.models.generators.base import Condition, NextTokenGenerator, join_conditions
-from vistok.order import RasterOrder
+from vistok.models.generators.base import Condition, OrderedGenerator, join_conditions
+from vistok.order import Order, RasterOrder
 from vistok.tokens import Tokens
 
 StepCallback = Callable[[int, Tensor], None]  # (step, indices [b n], decided up to and including the step)
 
 
 @torch.inference_mode()
-def generate_next_token(
-    model: NextTokenGenerator,
+def generate_ordered(
+    model: OrderedGenerator,
     condition: Condition,
     *,
     streams: UniformSource,
@@ -28,46 +29,58 @@ def generate_next_token(
     guidance: GuidanceSchedule | None = None,
     null_condition: Condition | None = None,
     later_null_condition: Condition | None = None,
+    given: Given | None = None,
+    logits_processor: LogitsProcessor | None = None,
     on_step: StepCallback | None = None,
 ) -> Tokens:
-    """Sample the tokens of a batch of images.
+    """Sample the tokens of a batch of images, those of one step independently of each other.
 
     The tokens of an image do not depend on where it or its neighbours stop.
 
     Args:
-        model: a next-token generator.
+        model: a generator with an order.
         condition: what the model is conditioned on, batch axis first; see the model's `prefill`.
-        streams: one uniform draw per image and step is taken from it.
-        num_tokens: stop after so many tokens, one number for all images or one per image `[b]`; all by default.
+        streams: at each step one uniform draw per image and position is taken from it.
+        num_tokens: stop after so many tokens, one number for all images or one per image `[b]`; all by default. Fewer
+            are possible in raster order only.
         sampling: how a token is drawn.
         guidance: scale per step; with a scale of 1.0 the unconditional branch is not computed at all.
         null_condition: of the unconditional branch, one row per image; the model's own by default.
-        later_null_condition: of the unconditional branch from the second token on, where it changes then.
+        later_null_condition: of the unconditional branch from the second step on, where it changes then.
+        given: tokens that are not drawn. A token can only follow from given ones that the order decides before it.
+        logits_processor: changes the guided logits of every step before a token is drawn.
         on_step: called after every step.
 
     Returns:
         Tokens `[b n]` with `n` the largest of `num_tokens`.
 
     Raises:
-        ValueError: `num_tokens` is out of range or not one per image.
+        ValueError: `num_tokens` is out of range, not one per image or not possible; `given` does not fit.
     """
     sampling, guidance = sampling or SamplingParams(), guidance or ConstantGuidance()
     batch_size = len(condition)
     lengths = check_num_tokens(num_tokens, batch_size, model.num_tokens)
+    order = _cut(model.order, int(lengths.max()))
+    if given is not None:
+        given.check(batch_size, order.num_tokens, model.codebook_size)
+        given = given.to(model.device)
     is_guided = guidance.scale != 1.0
     rows = condition
     if is_guided:
         null = model.null_condition(batch_size) if null_condition is None else null_condition
         rows = join_conditions(condition, null)
-    order = RasterOrder(int(lengths.max()))
     indices = torch.zeros(batch_size, order.num_tokens, dtype=torch.int64, device=model.device)
     cache = model.new_cache(len(rows), order.num_tokens)
-    logits = model.prefill(rows.to(model.device), cache)  # [b v], or [2b v] when guided
-    for step in range(order.num_steps):
+    logits = model.prefill(rows.to(model.device), cache)  # [b k v], or [2b k v] when guided
+    for step, positions in enumerate(order.plan()):
+        logits = logits.float()
         if is_guided:
-            cond, uncond = logits.float().chunk(2)
+            cond, uncond = logits.chunk(2)
             logits = apply_guidance(cond, uncond, guidance.at(step, order.num_steps))
-        indices[:, step] = sample(logits, sampling, streams.uniform()).to(indices.device)
+        if logits_processor is not None:
+            logits = logits_processor(logits)
+        drawn = sample(logits, sampling, streams.uniform(len(positions))).to(indices.device)  # [b k]
+        indices[:, positions] = drawn if given is None else given.put(drawn, positions)
         if on_step is not None:
             on_step(step, indices)
         if step + 1 == order.num_steps:
@@ -75,9 +88,20 @@ def generate_next_token(
         if step == 0 and is_guided and later_null_condition is not None:
             cache.rollback(0)
             model.prefill(join_conditions(condition, later_null_condition).to(model.device), cache)
-        token = indices[:, step].repeat(2) if is_guided else indices[:, step]
-        logits = model.step(token, cache)
+        decided = indices[:, positions]
+        logits = model.step(decided.repeat(2, 1) if is_guided else decided, cache)
     return Tokens(indices=indices, codebook_size=model.codebook_size, layout=model.layout).keep(lengths)
+
+
+def _cut(order: Order, num_tokens: int) -> Order:
+    """The order of the first `num_tokens` positions."""
+    if num_tokens == order.num_tokens:
+        return order
+    if not isinstance(order, RasterOrder):
+        raise ValueError(
+            f"a generator in {type(order).__name__} makes all {order.num_tokens} tokens, it cannot stop after {num_tokens}"
+        )
+    return RasterOrder(num_tokens)
 
 
 def check_num_tokens(num_tokens: int | Sequence[int] | Tensor | None, batch_size: int, most: int) -> Tensor:
