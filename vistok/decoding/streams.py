@@ -17,6 +17,14 @@ class UniformSource(Protocol):
         ...
 
 
+class NormalSource(Protocol):
+    """Where continuous samplers get their randomness."""
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Fresh standard normal draws, `[b *shape]` on the CPU."""
+        ...
+
+
 class ImageStreams:
     """Independent streams, one per image of a batch.
 
@@ -35,6 +43,11 @@ class ImageStreams:
     def uniform(self, *shape: int) -> Tensor:
         """Fresh draws in [0, 1), `[b *shape]` float32 on the CPU."""
         return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Fresh standard normal draws, `[b *shape]` on the CPU."""
+        draws = [torch.randn(shape, generator=generator, dtype=dtype) for generator in self.generators]
+        return torch.stack(draws)
 
     def seeds(self) -> list[int]:
         """One seed drawn from every stream, for samplers that take a `torch.Generator` per image."""
