@@ -11,6 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 PUBLIC = {
+    "AnyOrderAR": "vistok.models.generators.any_order",
+    "AnyOrderMasked": "vistok.models.generators.any_order",
     "ClassToImagePipeline": "vistok.pipelines.class_to_image",
     "ConvTiTok": "vistok.models.tokenizers.conv_titok",
     "FlexARClass": "vistok.models.generators.flex_ar",
@@ -18,16 +20,22 @@ PUBLIC = {
     "FlexTok": "vistok.models.tokenizers.flextok",
     "KLTokenizer": "vistok.models.tokenizers.kl",
     "Layout": "vistok.tokens",
+    "LlamaGenClass": "vistok.models.generators.llamagen",
+    "LlamaGenText": "vistok.models.generators.llamagen",
     "MaskGITBert": "vistok.models.generators.maskgit",
     "MaskGITUViT": "vistok.models.generators.maskgit",
     "MaskGITVQGAN": "vistok.models.tokenizers.maskgit_vqgan",
     "ModelMixin": "diffusers",  # diffusers looks it up here to learn how our pipelines' parts are loaded
+    "NARClass": "vistok.models.generators.nar",
+    "NARText": "vistok.models.generators.nar",
     "OneDPiece": "vistok.models.tokenizers.one_d_piece",
     "TextAR": "vistok.models.generators.text_ar",
     "TextToImagePipeline": "vistok.pipelines.text_to_image",
     "TiTok": "vistok.models.tokenizers.titok",
     "TiTokVAE": "vistok.models.tokenizers.titok",
     "Tokens": "vistok.tokens",
+    "VQGAN": "vistok.models.tokenizers.vqgan",
+    "XAR": "vistok.models.generators.xar",
     "load": "vistok.hub",
     "load_image": "vistok.data.images",
 }

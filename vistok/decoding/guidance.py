@@ -77,6 +77,19 @@ class LinearGuidance:
 
 
 @dataclass(frozen=True)
+class RampGuidance:
+    """From 1.0 at step 0 to `scale` at the last step (as in xAR, whose steps are cells); `scale` if there is but one."""
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_guidance_scale(self.scale)
+
+    def at(self, step: int, num_steps: int) -> float:
+        return self.scale if num_steps == 1 else 1 + (self.scale - 1) * step / (num_steps - 1)
+
+
+@dataclass(frozen=True)
 class PowerCosineGuidance:
     """From 1.0 at step 0 towards `scale` along `(1 - cos(pi t^power)) / 2` (Gao et al. 2023, MDT, section 3.4)."""
 
@@ -92,7 +105,7 @@ class PowerCosineGuidance:
 
 
 def make_guidance(schedule: str, scale: float, power: float = 3.0) -> GuidanceSchedule:
-    """A schedule by its name: `"constant"`, `"linear"` or `"power-cosine"`, to which alone `power` applies.
+    """A schedule by its name: `"constant"`, `"linear"`, `"ramp"` or `"power-cosine"`, to which alone `power` applies.
 
     Raises:
         ValueError: no such schedule.
@@ -102,6 +115,7 @@ def make_guidance(schedule: str, scale: float, power: float = 3.0) -> GuidanceSc
     plain: dict[str, Callable[[float], GuidanceSchedule]] = {
         "constant": ConstantGuidance,
         "linear": LinearGuidance,
+        "ramp": RampGuidance,
     }
     if schedule not in plain:
         known = ", ".join([*plain, "power-cosine"])

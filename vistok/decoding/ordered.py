@@ -67,7 +67,7 @@ def generate_ordered(
     is_guided = guidance.scale != 1.0
     rows = condition
     if is_guided:
-        null = model.null_condition(batch_size) if null_condition is None else null_condition
+        null = model.null_condition_for(condition) if null_condition is None else null_condition
         rows = join_conditions(condition, null)
     indices = torch.zeros(batch_size, order.num_tokens, dtype=torch.int64, device=model.device)
     cache = model.new_cache(len(rows), order.num_tokens)

@@ -44,6 +44,13 @@ class SamplingParams:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}; 1 keeps all ids")
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError when `top_k` is larger than the vocabulary."""
+        if self.top_k is not None and self.top_k > vocab_size:
+            raise ValueError(
+                f"top_k {self.top_k} is larger than the vocabulary of {vocab_size}; leave it out to keep all ids"
+            )
+
 
 def token_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The distribution that `sample` draws from: `logits [... v]` -> probabilities `[... v]` float32.
@@ -51,10 +58,7 @@ def token_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     Raises:
         ValueError: `top_k` is larger than the vocabulary.
     """
-    if params.top_k is not None and params.top_k > logits.shape[-1]:
-        raise ValueError(
-            f"top_k {params.top_k} is larger than the vocabulary of {logits.shape[-1]}; leave it out to keep all ids"
-        )
+    params.check_vocabulary(logits.shape[-1])
     logits = logits.float() / params.temperature
     if params.top_k is not None:
         smallest = logits.topk(params.top_k, dim=-1).values[..., -1:]

@@ -99,6 +99,7 @@ class Watermark:
             raise ValueError(f"the watermark's strength must be at least 0, got {strength}; 0 marks nothing")
         if not all(0 <= number < key.num_lists for number in list_numbers):
             raise ValueError(f"the key has lists 0 to {key.num_lists - 1}, got {list(list_numbers)}")
+        self.strength = strength
         self.bias = strength * key.green_lists()[list(list_numbers)][:, None].float()  # [b 1 v]
 
     @classmethod
@@ -189,7 +190,7 @@ def green_tail(counts: tuple[int, ...], codebook_size: int, num_green: int) -> T
     """
     probability = torch.zeros(len(counts) + 1, sum(counts) + 1, dtype=torch.float64)  # [green codes, sum]
     probability[0, 0] = 1
-    num_greens, total = torch.arange(len(counts) + 1)[:, None], 0
+    num_greens, total = torch.arange(len(counts) + 1, dtype=torch.float64)[:, None], 0
     for i, count in enumerate(counts):
         reached = probability[: i + 1, : total + 1]
         chance = ((num_green - num_greens[: i + 1]) / (codebook_size - i)).clamp(0, 1)  # [i+1 1]

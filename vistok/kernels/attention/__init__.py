@@ -1,7 +1,15 @@
 """Attention: one operator, several backends."""
 
 from vistok.kernels.attention.dispatch import attention, attention_backend
-from vistok.kernels.attention.masks import AttentionMask, CausalMask, KeyMask, LastKeyRepeats, PackedMask
+from vistok.kernels.attention.masks import (
+    AttentionMask,
+    CausalMask,
+    KeyMask,
+    LastKeyRepeats,
+    OrderMask,
+    PackedMask,
+    SelfMask,
+)
 from vistok.kernels.attention.packing import pack, unpack
 
 __all__ = [
@@ -9,7 +17,9 @@ __all__ = [
     "CausalMask",
     "KeyMask",
     "LastKeyRepeats",
+    "OrderMask",
     "PackedMask",
+    "SelfMask",
     "attention",
     "attention_backend",
     "pack",

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.kernels.attention.masks import AttentionMask, CausalMask, PackedMask
+from vistok.kernels.attention.masks import AttentionMask, CausalMask, OrderMask, PackedMask
 from vistok.kernels.attention.reference import reference_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key): may they attend?
 
 
 class AttentionBackend(Protocol):
@@ -102,14 +108,14 @@ class XFormersBackend:
 
 
 class FlexBackend:
-    """torch's FlexAttention, for packed rows: blocks of pairs that may not attend are skipped."""
+    """torch's FlexAttention, for packed rows and orders: blocks of pairs that may not attend are skipped."""
 
     name = "flex"
 
     def objections(self, q: Tensor, mask: AttentionMask | None) -> list[str]:
         reasons = []
-        if not isinstance(mask, PackedMask):
-            reasons.append(f"takes a PackedMask, got {type(mask).__name__}")
+        if not isinstance(mask, PackedMask | OrderMask):
+            reasons.append(f"takes a PackedMask or an OrderMask, got {type(mask).__name__}")
         if q.device.type != "cuda":
             reasons.append(f"needs CUDA tensors to be faster than sdpa, got {q.device.type}")
         return reasons
@@ -117,19 +123,53 @@ class FlexBackend:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, scale: float | None
     ) -> Tensor:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import flex_attention
 
-        assert isinstance(mask, PackedMask)
-        n = q.shape[-2]
-        mask.check(n, k.shape[-2])
-        ids = mask.sequence_ids(q.device)
-
-        def is_same_sequence(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return ids[query] == ids[key]
-
-        block_mask = create_block_mask(is_same_sequence, None, None, n, n, device=str(q.device))
+        assert isinstance(mask, PackedMask | OrderMask)
+        block_mask = make_block_mask(mask, q.shape[-2], k.shape[-2], q.device)
         compute: Any = _compiled_flex() if q.device.type == "cuda" else flex_attention
         return compute(q, k, v, block_mask=block_mask, scale=scale)
+
+
+def make_block_mask(
+    mask: PackedMask | OrderMask, num_queries: int, num_keys: int, device: torch.device
+) -> BlockMask:
+    """FlexAttention's form of a mask; a batch axis only where the mask has one. Made once per mask and device.
+
+    Raises:
+        ValueError: the mask is one of another number of queries or keys.
+    """
+    mask.check(num_queries, num_keys)
+    return mask.once("block", device, lambda: _block_mask(mask, num_queries, num_keys, device))
+
+
+def _block_mask(
+    mask: PackedMask | OrderMask, num_queries: int, num_keys: int, device: torch.device
+) -> BlockMask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if isinstance(mask, PackedMask):
+        may_attend, batch_size = _same_sequence(mask, device), None
+    else:
+        may_attend, batch_size = _no_later_rank(mask.to(device)), mask.batch_size
+    return create_block_mask(may_attend, batch_size, None, num_queries, num_keys, device=str(device))
+
+
+def _same_sequence(mask: PackedMask, device: torch.device) -> MaskMod:
+    ids = mask.sequence_ids(device)
+    return lambda b, h, query, key: ids[query] == ids[key]
+
+
+def _no_later_rank(mask: OrderMask) -> MaskMod:
+    # Compiled code is kept for a closure over tensors, and not for one over a new mask each time.
+    query_ranks, key_ranks, is_private = mask.query_ranks, mask.key_ranks, mask.is_private
+
+    def may_attend(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query_rank = query_ranks[b, query] if query_ranks.ndim == 2 else query_ranks[query]
+        key_rank = key_ranks[b, key] if key_ranks.ndim == 2 else key_ranks[key]
+        return OrderMask.allows(query_rank, key_rank, None if is_private is None else is_private[key])
+
+    return may_attend
 
 
 @functools.cache

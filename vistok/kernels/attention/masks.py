@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class AttentionMask:
-    """Base of all masks. `dense` is the definition; a backend may use a cheaper form of the same mask."""
+    """Base of all masks. `dense` is the definition; a backend may use a cheaper form of the same mask.
+
+    A mask is not changed after it was made: a model makes one per forward pass, and all its layers share it.
+    """
 
     def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         """Boolean, `True` means attend, or values added to the logits; broadcasts to `[b h num_queries num_keys]`."""
         raise NotImplementedError(f"{type(self).__name__} does not define dense()")
+
+    def once(self, form: str, device: torch.device, make: Callable[[], Any]) -> Any:
+        """What `make` returns, computed at the first call for a form of this mask on a device and kept with the mask."""
+        forms = self.__dict__.setdefault("_forms", {})
+        if (form, device) not in forms:
+            forms[form, device] = make()
+        return forms[form, device]
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
         return BothMask(self, other)
@@ -61,12 +73,18 @@ class OrderMask(AttentionMask):
     key_ranks: Tensor
     is_private: Tensor | None = None
 
-    def allows(self, query_ranks: Tensor, key_ranks: Tensor, is_private: Tensor | None) -> Tensor:
+    @staticmethod
+    def allows(query_ranks: Tensor, key_ranks: Tensor, is_private: Tensor | None) -> Tensor:
         """The rule itself, for ranks of any shape."""
         earlier = key_ranks < query_ranks
         if is_private is not None:
             earlier = earlier & ~is_private
         return earlier | (key_ranks == query_ranks)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows with orders of their own; `None` where all share one."""
+        return next((len(ranks) for ranks in (self.query_ranks, self.key_ranks) if ranks.ndim == 2), None)
 
     def check(self, num_queries: int, num_keys: int) -> None:
         """Raises ValueError unless there is one rank per query and key."""
@@ -78,9 +96,17 @@ class OrderMask(AttentionMask):
 
     def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         self.check(num_queries, num_keys)
+        return self.once("dense", device, lambda: self._dense(device))
+
+    def to(self, device: torch.device) -> OrderMask:
+        """As `Tensor.to`."""
         is_private = None if self.is_private is None else self.is_private.to(device)
-        queries, keys = self.query_ranks.to(device), self.key_ranks.to(device)
-        allowed = self.allows(queries[..., :, None], keys[..., None, :], is_private)  # [q k] or [b q k]
+        return OrderMask(self.query_ranks.to(device), self.key_ranks.to(device), is_private)
+
+    def _dense(self, device: torch.device) -> Tensor:
+        mask = self.to(device)
+        queries, keys = mask.query_ranks[..., :, None], mask.key_ranks[..., None, :]
+        allowed = self.allows(queries, keys, mask.is_private)  # [q k] or [b q k]
         return allowed[:, None] if allowed.ndim == 3 else allowed[None, None]
 
 

@@ -45,6 +45,10 @@ class OrderedGenerator(Generator):
         """The condition of the unconditional branch, of the kind that `prefill` takes."""
         raise NotImplementedError(f"{type(self).__name__} does not define null_condition()")
 
+    def null_condition_for(self, condition: Any) -> Condition:
+        """The condition of the unconditional branch that goes with `condition`, one row for each of its rows."""
+        return self.null_condition(len(condition))
+
     def prefill(self, condition: Any, cache: Any) -> Tensor:
         """Feed the condition; returns the logits of the positions of step 0 in ascending order, `[b k codebook_size]`."""
         raise NotImplementedError(f"{type(self).__name__} does not define prefill()")
@@ -79,6 +83,42 @@ def repeat_each(condition: Condition, times: int) -> Condition:
     if isinstance(condition, Tensor):
         return condition.repeat_interleave(times, dim=0)
     return condition.repeat_each(times)
+
+
+class ContinuousGenerator(Generator):
+    """A generator of continuous tokens, conditioned on a class.
+
+    It works on latents times `latent_scale`; the `Tokens` that its loop gives back are not scaled, so that the tokenizer
+    decodes them as they are.
+    """
+
+    codebook_size: None = None  # type: ignore[assignment]  # there is none
+    latent_dim: int  # channels of a token
+    latent_scale: float
+    num_classes: int
+
+    @property
+    def null_label(self) -> int:
+        """The class label of the unconditional branch, the first after the classes."""
+        return self.num_classes
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raises ValueError unless `latents` are `[b num_tokens latent_dim]`."""
+        expected = (self.num_tokens, self.latent_dim)
+        if latents.ndim != 3 or latents.shape[1:] != expected:
+            raise ValueError(
+                f"{type(self).__name__} takes latents [b {expected[0]} {expected[1]}], got {list(latents.shape)}"
+            )
+
+    def check_class_labels(self, class_labels: Tensor, batch_size: int) -> None:
+        """Raises ValueError unless there is one label per image, of a class or the null label."""
+        if class_labels.shape != (batch_size,):
+            raise ValueError(f"class_labels must be [{batch_size}], got {list(class_labels.shape)}")
+        if batch_size and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= self.null_label:
+            raise ValueError(
+                f"class labels must be in 0..{self.num_classes - 1}, or {self.null_label} for none; "
+                f"got {class_labels.tolist()}"
+            )
 
 
 class MaskedGenerator(Generator):

@@ -23,6 +23,7 @@ from vistok.models.generators.base import OrderedGenerator
 from vistok.models.generators.text_features import TextFeatures
 from vistok.models.layers.attention import SelfAttention
 from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.mlp import GatedMLP
 from vistok.models.layers.norm import RMSNorm
 
 NO_CLASS = -1  # as released: the label of the unconditional branch, whose class vector is zero
@@ -255,6 +256,8 @@ class FlexARText(FlexAR):
         max_text_length: the encoder's tokens per text in training; longer texts were cut. `None`: its own limit.
     """
 
+    null_prompt = ""  # guidance leads away from the features of this text
+
     @register_to_config
     def __init__(
         self,
@@ -353,7 +356,7 @@ class FlexARBlock(nn.Module):
         self.norm2 = options.make_norm()
         self.cross_attn = CrossAttention(options) if reads_text else None
         self.norm3 = options.make_norm() if reads_text else None
-        self.mlp = GatedMLP(options)
+        self.mlp = GatedMLP(options.dim, options.mlp_dim, bias=options.bias)
 
     def forward(self, hidden_states: Tensor, text: TextKeys | None, cache: LayerCache | None) -> Tensor:
         """`[b n d]` -> `[b n d]`."""
@@ -389,20 +392,6 @@ class CrossAttention(nn.Module):
 
     def _heads(self, projected: Tensor) -> Tensor:
         return rearrange(projected, "b n (h d) -> b h n d", h=self.num_heads)
-
-
-class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020): `down(silu(gate x) * up x)`."""
-
-    def __init__(self, options: BlockOptions) -> None:
-        super().__init__()
-        self.gate = nn.Linear(options.dim, options.mlp_dim, bias=options.bias)
-        self.up = nn.Linear(options.dim, options.mlp_dim, bias=options.bias)
-        self.down = nn.Linear(options.mlp_dim, options.dim, bias=options.bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[b n d]` -> `[b n d]`."""
-        return self.down(F.silu(self.gate(hidden_states)) * self.up(hidden_states))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -10,6 +10,9 @@ Embedding rows: codes 0 .. N-1, mask N, classes N+1 .. N+num_classes, and last "
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from vistok.kernels.attention import attention
 from vistok.models.generators.base import MaskedGenerator
 from vistok.models.layers.blocks import PreNormBlock
+from vistok.tokens import Layout
 
 
 class MaskGIT(MaskedGenerator):
@@ -26,7 +30,14 @@ class MaskGIT(MaskedGenerator):
 
     _supports_gradient_checkpointing = False
 
-    def __init__(self, *, codebook_size: int, num_classes: int, num_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        codebook_size: int,
+        num_classes: int,
+        num_tokens: int,
+        grid: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         for name, value in (("codebook_size", codebook_size), ("num_classes", num_classes)):
             if value < 1:
@@ -34,6 +45,9 @@ class MaskGIT(MaskedGenerator):
         self.codebook_size = codebook_size
         self.num_classes = num_classes
         self.num_tokens = num_tokens
+        if grid is not None and math.prod(grid) != num_tokens:
+            raise ValueError(f"a grid of {list(grid)} does not have {num_tokens} positions")
+        self.layout = Layout(None if grid is None else tuple(grid))
 
     @property
     def num_embeddings(self) -> int:
@@ -62,6 +76,7 @@ class MaskGITBert(MaskGIT):
         codebook_size: codes of the tokenizer.
         num_classes: classes to condition on.
         num_tokens: tokens per image.
+        grid: their rows and columns, for the tokens of a grid; `None` for a sequence.
         dim: transformer width.
         depth: layers.
         num_heads: attention heads.
@@ -77,6 +92,7 @@ class MaskGITBert(MaskGIT):
         codebook_size: int = 4096,
         num_classes: int = 1000,
         num_tokens: int = 32,
+        grid: Sequence[int] | None = None,
         dim: int = 768,
         depth: int = 24,
         num_heads: int = 16,
@@ -84,7 +100,9 @@ class MaskGITBert(MaskGIT):
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
     ) -> None:
-        super().__init__(codebook_size=codebook_size, num_classes=num_classes, num_tokens=num_tokens)
+        super().__init__(
+            codebook_size=codebook_size, num_classes=num_classes, num_tokens=num_tokens, grid=grid
+        )
         self.token_embed = nn.Embedding(self.num_embeddings, dim)
         self.position_embed = nn.Embedding(1 + num_tokens, dim)
         # BERT's sentence A/B embedding: there is one segment, so row 0 is always added and row 1 only stored.
@@ -164,6 +182,7 @@ class MaskGITUViT(MaskGIT):
         codebook_size: codes of the tokenizer.
         num_classes: classes to condition on.
         num_tokens: tokens per image.
+        grid: their rows and columns, for the tokens of a grid; `None` for a sequence.
         dim: transformer width.
         depth: blocks without the middle one; even.
         num_heads: attention heads.
@@ -177,12 +196,15 @@ class MaskGITUViT(MaskGIT):
         codebook_size: int = 4096,
         num_classes: int = 1000,
         num_tokens: int = 128,
+        grid: Sequence[int] | None = None,
         dim: int = 1024,
         depth: int = 20,
         num_heads: int = 16,
         mlp_dim: int = 4096,
     ) -> None:
-        super().__init__(codebook_size=codebook_size, num_classes=num_classes, num_tokens=num_tokens)
+        super().__init__(
+            codebook_size=codebook_size, num_classes=num_classes, num_tokens=num_tokens, grid=grid
+        )
         if depth % 2:
             raise ValueError(f"depth counts pairs of in- and out-blocks and must be even, got {depth}")
         self.token_embed = nn.Embedding(self.num_embeddings, dim)

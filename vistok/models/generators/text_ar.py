@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vistok.kernels.attention import CausalMask
 from vistok.models.generators.base import OrderedGenerator
+from vistok.models.generators.prompts import warn_of_cut
 from vistok.models.layers.attention import SelfAttention
 from vistok.models.layers.kv_cache import KVCache, LayerCache
 from vistok.models.layers.norm import RMSNorm
@@ -78,8 +79,11 @@ class TextAR(OrderedGenerator):
     def encode_text(self, prompts: list[str]) -> Tensor:
         """UTF-8 bytes of the prompts, `[b text_length]` int64, filled up with `PAD_BYTE`.
 
+        Of a longer prompt the first `text_length` bytes are read, as far as they are whole characters; a warning says
+        where it was cut.
+
         Raises:
-            ValueError: a prompt is empty or has more bytes than `text_length`.
+            ValueError: a prompt is empty.
         """
         rows = torch.full((len(prompts), self.text_length), PAD_BYTE, dtype=torch.int64)
         for row, prompt in zip(rows, prompts, strict=True):
@@ -87,9 +91,9 @@ class TextAR(OrderedGenerator):
             if not text:
                 raise ValueError("the prompt is empty; describe what to draw, for example 'red apple'")
             if len(text) > self.text_length:
-                raise ValueError(
-                    f"the prompt has {len(text)} bytes, this model reads at most {self.text_length}: {prompt[:40]!r}..."
-                )
+                kept = text[: self.text_length].decode(errors="ignore")
+                warn_of_cut(kept, len(text), self.text_length, "bytes")
+                text = kept.encode()
             row[: len(text)] = torch.tensor(list(text))
         return rows
 

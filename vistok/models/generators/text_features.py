@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vistok.models.generators.prompts import warn_of_cut
+
 
 @dataclass(frozen=True)
 class TextFeatures:
@@ -66,6 +68,27 @@ class TextFeatures:
         features = [part.features.to(self.features.dtype) for part in parts]
         return TextFeatures(torch.cat(features), torch.cat([part.keep for part in parts]))
 
+    def left_padded(self, length: int) -> TextFeatures:
+        """The same texts with `length` positions, what counts at the end in its order, and zeros before it.
+
+        The form that LlamaGen reads (Sun et al. 2024, section 2.2); texts that have it already stay as they are.
+
+        Raises:
+            ValueError: a text has more than `length` positions that count.
+        """
+        longest = int(self.keep.sum(dim=1).max()) if len(self) else 0
+        if longest > length:
+            raise ValueError(
+                f"a text has {longest} tokens, this model reads at most {length}; cut it when it is encoded, "
+                f"with max_length={length}"
+            )
+        padded = self._padded(max(length, self.keep.shape[1]))
+        # False before True; `stable` leaves the positions that count in their order.
+        places = padded.keep.long().argsort(dim=1, stable=True)[:, -length:]  # [b length]
+        keep = padded.keep.gather(1, places)
+        features = padded.features.take_along_dim(places[..., None], dim=1)
+        return TextFeatures(features.masked_fill(~keep[..., None], 0.0), keep)
+
     def _padded(self, length: int) -> TextFeatures:
         more = length - self.features.shape[1]
         return TextFeatures(F.pad(self.features, (0, 0, 0, more)), F.pad(self.keep, (0, more)))
@@ -80,33 +103,62 @@ class T5TextEncoder:
     Args:
         text_tokenizer: a `transformers` tokenizer.
         encoder: a `transformers.T5EncoderModel`.
-        max_length: longer texts are cut to so many tokens; the tokenizer's own limit when `None`.
+        max_length: longer texts are cut to so many tokens, the end marker included; the tokenizer's own limit when `None`.
+        clean: applied to every text first, such as `clean_caption`.
     """
 
-    def __init__(self, text_tokenizer: Any, encoder: Any, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        text_tokenizer: Any,
+        encoder: Any,
+        max_length: int | None = None,
+        clean: Callable[[str], str] | None = None,
+    ) -> None:
         self.text_tokenizer = text_tokenizer
         self.encoder = encoder.eval().requires_grad_(False)
         self.max_length = max_length
+        self.clean = clean
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> TextFeatures:
-        """Features of `texts`; the empty text, the null condition of guidance, is one of them."""
+        """Features of `texts`; the empty text, the null condition of guidance, is one of them.
+
+        Warns about texts that are cut, and says where.
+        """
+        texts = [self.clean(text) for text in texts] if self.clean is not None else list(texts)
         ids = self.text_tokenizer(
-            list(texts), padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
+            texts, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.encoder.device)
+        self._warn_of_cuts(texts, ids)
         states = self.encoder(input_ids=ids.input_ids, attention_mask=ids.attention_mask)
         return TextFeatures(states.last_hidden_state, ids.attention_mask.bool())
+
+    def _warn_of_cuts(self, texts: Sequence[str], ids: Any) -> None:
+        limit = self.max_length or self.text_tokenizer.model_max_length
+        for text, row, length in zip(
+            texts, ids.input_ids, ids.attention_mask.sum(dim=1).tolist(), strict=True
+        ):
+            if length < limit:
+                continue
+            size = len(self.text_tokenizer(text).input_ids)  # the whole of it
+            if size > limit:
+                kept = self.text_tokenizer.decode(row[:length], skip_special_tokens=True)
+                warn_of_cut(kept, size, limit, "tokens")
 
 
 def load_t5(
     name: str = "google/flan-t5-xl",
     *,
     max_length: int | None = None,
+    clean: Callable[[str], str] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     local_files_only: bool = False,
 ) -> T5TextEncoder:
     """The T5 encoder `name` of the hub, or of a local folder; only safetensors are read.
+
+    LlamaGen and NAR were trained on 120 tokens of flan-t5-xl and cleaned texts: `load_t5(max_length=120,
+    clean=clean_caption)`.
 
     Raises:
         ModuleNotFoundError: `transformers` is not installed.
@@ -116,7 +168,7 @@ def load_t5(
         from transformers import AutoTokenizer, T5EncoderModel
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            f"reading texts with {name} needs transformers: run `pip install transformers sentencepiece`, "
+            f"reading texts with {name} needs transformers: run `pip install 'vistok[text]'`, "
             "or pass text features that were made elsewhere"
         ) from None
     try:
@@ -129,4 +181,4 @@ def load_t5(
             f"the text encoder {name} could not be had ({str(error).splitlines()[0]}); download it elsewhere and pass "
             "its folder to load_t5, or pass text features that were made elsewhere"
         ) from None
-    return T5TextEncoder(text_tokenizer, encoder.to(device, dtype), max_length)
+    return T5TextEncoder(text_tokenizer, encoder.to(device, dtype), max_length, clean)

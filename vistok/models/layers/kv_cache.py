@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,12 @@ class LayerCache:
         self.values[:, :, self.length : end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def narrow(self, batch_size: int) -> LayerCache:
+        """The first rows, which share their storage; what either appends later does not count for the other."""
+        view = LayerCache(self.keys[:batch_size], self.values[:batch_size])
+        view.length = self.length
+        return view
 
 
 class KVCache:
@@ -62,6 +70,17 @@ class KVCache:
     def length(self) -> int:
         """Positions stored so far."""
         return self.layers[0].length
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.layers[0].keys)
+
+    def narrow(self, batch_size: int) -> KVCache:
+        """The first rows as a cache of its own length that shares their storage."""
+        view = copy.copy(self)
+        view.layers = [layer.narrow(batch_size) for layer in self.layers]
+        return view
 
     def rollback(self, length: int) -> None:
         """Forget every position from `length` on.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [n d/2] each
 
-def axial_rope(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+
+def axial_rope(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Rotation:
     """Cosines and sines of the rotation angles at some positions.
 
     The `head_dim / 2` pairs of channels are shared out evenly, the first axis first. With `a = head_dim / axes`, pair j

@@ -1,7 +1,9 @@
 """Published checkpoints as our models: `read_checkpoint`, `load_config`, `load`.
 
 Each system has a module of its name with two functions: `build_model(config)` makes the model that a published
-configuration describes, `translate_weights(weights)` renames its weights. `releases` lists what was published.
+configuration describes, `translate_weights(weights)` renames its weights. That of a system of generators has a third,
+`sampling_settings(published)`, with the arguments of our pipelines that published settings stand for. `releases` lists
+what was published.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from vistok.models.upstream.checkpoint import read_checkpoint, read_metadata
 from vistok.models.upstream.config import load_config
-from vistok.models.upstream.flextok_ar_tree import is_flex_ar_tree
+from vistok.models.upstream.flextok_ar_tree import is_flex_ar_tree, tokenizer_hub_id
 from vistok.models.upstream.flextok_tree import is_tree
 from vistok.models.upstream.keys import load_strictly
 
@@ -30,12 +32,27 @@ __all__ = [
     "load",
     "load_config",
     "read_checkpoint",
+    "sampling_settings",
     "stored_config",
     "system_of_config",
+    "tokenizer_hub_id",
     "translate_weights",
 ]
 
-SYSTEMS = ("flextok", "flextok_ar", "flextok_vae", "maskgit", "maskgit_vqgan", "one_d_piece", "titok")
+SYSTEMS = (
+    "flextok",
+    "flextok_ar",
+    "flextok_vae",
+    "kl_vae",
+    "llamagen",
+    "llamagen_vq",
+    "maskgit",
+    "maskgit_vqgan",
+    "nar",
+    "one_d_piece",
+    "titok",
+    "xar",
+)
 
 
 def load(system: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> ModelMixin:
@@ -64,6 +81,15 @@ def build_model(system: str, config: Mapping[str, Any]) -> ModelMixin:
 def translate_weights(system: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by published key -> by our key; keys that are not known stay as they are."""
     return _module(system).translate_weights(weights)
+
+
+def sampling_settings(system: str, published: Mapping[str, Any]) -> dict[str, Any]:
+    """Published settings of a generator, in their names and scales -> the arguments of its pipeline.
+
+    Raises:
+        ValueError: an unknown system.
+    """
+    return _module(system).sampling_settings(published)
 
 
 def stored_config(path: Path | str) -> dict[str, Any] | None:

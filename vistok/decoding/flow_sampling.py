@@ -1,0 +1,143 @@
+"""The loop of xAR: one step of the order after the other, a flow integrated in each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_guidance
+from vistok.decoding.ordered import StepCallback
+from vistok.decoding.streams import NormalSource
+from vistok.models.generators.xar import XAR
+from vistok.models.heads.flow import FlowHead
+from vistok.models.layers.kv_cache import KVCache
+from vistok.tokens import Tokens
+
+
+@torch.inference_mode()
+def generate_flow(
+    model: XAR,
+    class_labels: Tensor,
+    *,
+    streams: NormalSource,
+    num_inference_steps: int | Sequence[int] = 50,
+    head: FlowHead | None = None,
+    guidance: GuidanceSchedule | None = None,
+    null_labels: Tensor | None = None,
+    on_step: StepCallback | None = None,
+) -> Tokens:
+    """Sample the tokens of a batch of images (Ren et al. 2025, section 3.3).
+
+    Args:
+        model: a generator with a velocity.
+        class_labels: `[b]` int64 in `[0, num_classes)`.
+        streams: for every step of the order the starting noise is taken from it, then what the head needs.
+        num_inference_steps: evaluations of the network at every step of the order, or at each of them, as
+            `step_schedules` gives them.
+        head: how a velocity becomes tokens; the model's own by default.
+        guidance: scale per step of the order; where it is 1.0 the unconditional branch is not computed.
+        null_labels: `[b]` classes that guidance leads away from; "no class" by default.
+        on_step: called after every step of the order with the latents `[b n c]`; undecided ones are zero.
+
+    Returns:
+        Latents `[b n c]` float32 in storage order, not scaled: what the tokenizer decodes.
+
+    Raises:
+        ValueError: a label out of range, not one number of denoising steps per step of the order, or too few of them.
+    """
+    head, guidance = head or model.head, guidance or ConstantGuidance()
+    batch_size, plan = len(class_labels), model.order.plan()
+    counts = _denoising_steps(num_inference_steps, len(plan), head)
+    scales = [guidance.at(step, len(plan)) for step in range(len(plan))]
+    labels = _both_branches(model, class_labels, null_labels)  # [2b]
+    cache = model.new_cache(2 * batch_size)
+    latents = torch.zeros(batch_size, model.num_tokens, model.latent_dim, device=model.device)
+    for step, positions in enumerate(plan):
+        if all(scale == 1.0 for scale in scales[step:]):
+            cache = cache.narrow(batch_size)  # nobody asks for the other branch any more
+        context = latents[:, plan[step - 1]] if step else None
+        velocity = StepVelocity(model, labels, cache, context, scales[step])
+        noise = StepNoise(streams, (len(positions), model.latent_dim), model.device)
+        drawn = head.sample(velocity, noise, num_inference_steps=counts[step])  # [b k c]
+        latents[:, positions] = drawn.to(latents.dtype)
+        if on_step is not None:
+            on_step(step, latents / model.latent_scale)
+    return Tokens(latents=latents / model.latent_scale, layout=model.layout)
+
+
+class StepNoise:
+    """Noise for the tokens of one step, `[b *shape]` on a device; the `Draw` of a head."""
+
+    def __init__(self, streams: NormalSource, shape: tuple[int, int], device: torch.device) -> None:
+        self.streams = streams
+        self.shape = shape
+        self.device = device
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        return self.streams.normal(*self.shape, dtype=dtype).to(self.device)
+
+
+class StepVelocity:
+    """The guided velocity of the tokens of one step; the `Predict` of a flow head.
+
+    The first call also feeds the tokens of the step before, which the cache keeps (the release does the same).
+
+    Args:
+        model: the network.
+        labels: `[2b]`, of the conditional and of the unconditional branch.
+        cache: all steps before the last, of both branches, or of the first alone if no later step is guided either.
+        context: the tokens of the step before `[b k c]`, scaled; `None` at the first step.
+        scale: of the guidance.
+    """
+
+    def __init__(
+        self, model: XAR, labels: Tensor, cache: KVCache, context: Tensor | None, scale: float
+    ) -> None:
+        self.model = model
+        self.labels = labels
+        self.cache = cache
+        self.context = context
+        self.scale = scale
+
+    def __call__(self, noisy: Tensor, time: float) -> Tensor:
+        """`noisy [b k c]` -> `[b k c]`, float64 where it is guided."""
+        latents, times, cache = noisy.float(), [time], self.cache
+        if self.context is not None:  # for both branches, even if this step itself is not guided
+            latents, times = torch.cat([self.context, latents], dim=1), [0.0, time]
+            self.context = None
+        elif self.scale == 1.0:
+            cache = cache.narrow(len(noisy))
+        rows = cache.batch_size
+        velocity = self.model.velocity(
+            latents.repeat(rows // len(noisy), 1, 1),
+            torch.tensor([times], dtype=torch.float32, device=latents.device).expand(rows, -1),
+            self.labels[:rows],
+            cache,
+        )  # [rows k c]
+        if self.scale == 1.0:
+            return velocity[: len(noisy)]
+        cond, uncond = velocity.double().chunk(2)
+        return apply_guidance(cond, uncond, self.scale)
+
+
+def _denoising_steps(counts: int | Sequence[int], num_steps: int, head: FlowHead) -> list[int]:
+    """One number for every step of the order; raises ValueError where one is missing or the head cannot use it."""
+    counts = [counts] * num_steps if isinstance(counts, int) else list(counts)
+    if len(counts) != num_steps:
+        raise ValueError(
+            f"num_inference_steps must be one integer or {num_steps} of them, one per step of the order; got {counts}"
+        )
+    for count in set(counts):
+        head.integrator.times(count)  # raises where there are too few
+    return counts
+
+
+def _both_branches(model: XAR, class_labels: Tensor, null_labels: Tensor | None) -> Tensor:
+    """Labels of both branches, `[2b]` on the device of the model."""
+    if null_labels is None:
+        null_labels = torch.full_like(class_labels, model.null_label)
+    for labels in (class_labels, null_labels):
+        model.check_class_labels(labels, len(class_labels))
+    return torch.cat([class_labels, null_labels]).to(model.device)
