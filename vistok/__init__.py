@@ -22,6 +22,7 @@ PUBLIC = {
     "Layout": "vistok.tokens",
     "LlamaGenClass": "vistok.models.generators.llamagen",
     "LlamaGenText": "vistok.models.generators.llamagen",
+    "MAR": "vistok.models.generators.mar",
     "MaskGITBert": "vistok.models.generators.maskgit",
     "MaskGITUViT": "vistok.models.generators.maskgit",
     "MaskGITVQGAN": "vistok.models.tokenizers.maskgit_vqgan",

@@ -193,7 +193,8 @@ class XAR(ContinuousGenerator):
         """Both stacks: `latents [b m c]` as they are decided -> features `[b m d]`."""
         caches = [None] * self.num_tokens if cache is None else cache.layers
         depth = len(self.encoder.blocks)
-        hidden_states = self.encoder.add_positions(self.latent_embed(latents.to(self.dtype)), span)
+        hidden_states = self.latent_embed(latents.to(self.latent_embed.weight.dtype))
+        hidden_states = self.encoder.add_positions(hidden_states, span)
         hidden_states = self.encoder(self.latent_norm(hidden_states), span, caches[:depth])
         hidden_states = self.decoder.add_positions(self.between(hidden_states), span)
         return self.decoder(hidden_states, span, caches[depth:])
@@ -309,7 +310,7 @@ class XARPlan:
         """The first slot of the last step in `start` to `end`; raises ValueError unless these are `num_steps` steps."""
         starts = (0, *self.ends[:-1])
         if start not in starts:
-            raise ValueError(f"the cache holds {start} of {self.ends[-1]} tokens; only whole steps can follow")
+            raise ValueError(f"no step begins after {start} of {self.ends[-1]} tokens, which the cache holds")
         first = starts.index(start)
         steps = range(first, first + num_steps)
         if not num_steps or steps.stop > self.num_steps or self.ends[steps[-1]] != end:

@@ -38,7 +38,7 @@ def axial_rope(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Rot
 
 
 def rotate(hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channels (2p, 2p + 1) of queries or keys; in float32, in the dtype of the input at the end.
+    """Rotate neighbouring channels (2p, 2p + 1) of queries or keys, in float32 or wider; returns the dtype of its input.
 
     Args:
         hidden_states: `[b h n d]`.
@@ -47,6 +47,7 @@ def rotate(hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         `[b h n d]`.
     """
-    even, odd = hidden_states.float().unflatten(-1, (-1, 2)).unbind(dim=-1)  # [b h n d/2] each
+    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(dim=-1)  # [b h n d/2] each
     rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     return rotated.flatten(-2).to(hidden_states.dtype)

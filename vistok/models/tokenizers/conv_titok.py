@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.models.layers.blocks import PreNormBlock
+from vistok.models.quantizers.base import QuantizerOutput
 from vistok.models.quantizers.fsq import FSQ
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.tokens import Tokens
@@ -99,14 +100,14 @@ class ConvTiTok(ImageTokenizer):
         codes = F.pad(codes, (0, 0, 0, self.num_tokens - codes.shape[1]))  # [b n c]
         return self.decoder(codes, tokens.token_counts.to(self.device)).clamp(-1, 1)
 
-    def forward(self, images: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, lengths: Tensor) -> tuple[Tensor, QuantizerOutput]:
         """Training pass: the decoder sees the first `lengths [b]` of all tokens of `images [b 3 H W]`.
 
         Returns:
-            Reconstructions `[b 3 H W]`, not clamped, and indices `[b n]`.
+            Reconstructions `[b 3 H W]`, not clamped, and the quantised latents of all tokens.
         """
         quantized = self.quantizer.quantize(self.encoder(images))
-        return self.decoder(quantized.codes, lengths), quantized.indices
+        return self.decoder(quantized.codes, lengths), quantized
 
     @property
     def codebook(self) -> Tensor:

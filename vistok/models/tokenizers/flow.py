@@ -18,8 +18,11 @@ GuidanceScale = float | Callable[[float], float]  # a number, or a function of t
 
 
 def interpolate(clean: Tensor, noise: Tensor, noise_levels: Tensor) -> Tensor:
-    """Points on the straight lines from `clean` to `noise` (both `[b ...]`) at `noise_levels [b]` in [0, 1]."""
-    levels = noise_levels.reshape(-1, *(1,) * (clean.ndim - 1))
+    """Points on the straight lines from `clean` to `noise` (both `[b ...]`) at `noise_levels` in [0, 1].
+
+    There is one level per image `[b]`, or one per token `[b n]` of `clean [b n ...]`.
+    """
+    levels = noise_levels.reshape(*noise_levels.shape, *(1,) * (clean.ndim - noise_levels.ndim))
     return levels * noise + (1 - levels) * clean
 
 

@@ -1,7 +1,8 @@
 """A convolutional autoencoder with a Gaussian posterior as a tokenizer with continuous tokens on a grid.
 
 The network is diffusers' `AutoencoderKL` (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion
-Models", section 3.1); FlexTok's are of this kind, with 4, 8 or 16 latent channels.
+Models", section 3.1). FlexTok's are of this kind, with 4, 8 or 16 latent channels, and KL-16, whose latents MAR (Li et
+al. 2024) and xAR (Ren et al. 2025) generate; it has attention at its lowest resolution in the encoder.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ class KLTokenizer(ImageTokenizer):
         dims: channels per resolution; every level but the last halves height and width.
         depth: residual blocks per level of the encoder; the decoder has one more.
         num_groups: groups of the normalisations.
-        mid_attention: attention over all positions at the lowest resolution.
+        mid_attention: attention over all positions between the residual blocks in the middle.
+        encoder_attention, decoder_attention: levels with attention after every residual block, counted from the highest
+            resolution, 0.
         quant_convs: 1x1 convolutions between the networks and the latents.
         scaling_factor: what models of these latents multiply them by. It is kept with the weights and not applied.
 
     Raises:
-        ValueError: `image_size` does not fit `dims`.
+        ValueError: `image_size` does not fit `dims`, or attention is wanted at a level that does not exist.
     """
 
     _supports_gradient_checkpointing = False
@@ -51,6 +54,8 @@ class KLTokenizer(ImageTokenizer):
         num_groups: int = 32,
         mid_attention: bool = True,
         quant_convs: bool = True,
+        encoder_attention: Sequence[int] = (),
+        decoder_attention: Sequence[int] = (),
         scaling_factor: float | None = None,
     ) -> None:
         super().__init__()
@@ -66,8 +71,8 @@ class KLTokenizer(ImageTokenizer):
         self.num_tokens = (image_size // self.patch_size) ** 2
         self.codebook_size = None
         self.autoencoder = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * len(dims),
-            up_block_types=("UpDecoderBlock2D",) * len(dims),
+            down_block_types=_block_types("DownEncoderBlock2D", len(dims), encoder_attention),
+            up_block_types=_block_types("UpDecoderBlock2D", len(dims), decoder_attention)[::-1],
             block_out_channels=tuple(dims),
             layers_per_block=depth,
             latent_channels=latent_channels,
@@ -94,6 +99,10 @@ class KLTokenizer(ImageTokenizer):
     def decode(self, tokens: Tokens) -> Tensor:
         """See `ImageTokenizer.decode`; images are clamped to [-1, 1]."""
         self.check_tokens(tokens)
+        if tokens.data.shape[-1] != self.latent_channels:
+            raise ValueError(
+                f"these latents have {tokens.data.shape[-1]} channels, this tokenizer decodes {self.latent_channels}"
+            )
         latents = rearrange(tokens.data.to(self.device), "b (h w) c -> b c h w", h=self.latent_shape[1])
         return self.decode_latents(latents).clamp(-1, 1)
 
@@ -124,6 +133,21 @@ class KLTokenizer(ImageTokenizer):
         with torch.autocast(latents.device.type, enabled=False):
             return self.autoencoder.decode(latents.to(self.dtype)).sample
 
+
+def _block_types(name: str, num_levels: int, attention: Sequence[int]) -> tuple[str, ...]:
+    """diffusers' names of the levels from the highest resolution down, some of them with attention."""
+    if not set(attention) <= set(range(num_levels)):
+        raise ValueError(f"levels with attention must be in 0..{num_levels - 1}, got {list(attention)}")
+    return tuple(f"Attn{name}" if level in attention else name for level in range(num_levels))
+
+
+# the autoencoder of MAR and xAR, 16 channels at a sixteenth of the resolution
+KL16: dict[str, Any] = {
+    "latent_channels": 16,
+    "dims": (128, 128, 256, 256, 512),
+    "encoder_attention": (4,),
+    "scaling_factor": 0.2325,
+}
 
 # the released autoencoders of FlexTok: class and constructor arguments
 PRESETS: dict[str, tuple[type[ImageTokenizer], dict[str, Any]]] = {

@@ -46,6 +46,7 @@ SYSTEMS = (
     "kl_vae",
     "llamagen",
     "llamagen_vq",
+    "mar",
     "maskgit",
     "maskgit_vqgan",
     "nar",

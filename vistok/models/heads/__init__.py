@@ -1,0 +1,1 @@
+"""Heads of continuous generators: how a token is noised, learned and drawn. `base` says what they share."""
