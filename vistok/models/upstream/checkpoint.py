@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import warnings
 from pathlib import Path
@@ -13,17 +14,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 MAX_HEADER = 100_000_000  # bytes; safetensors files begin with the length of their header, at most this
+# Names under which training scripts save the state dict of a model.
+WRAPPERS = ("model", "module", "state_dict")
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
-    """Tensors by published key, on the CPU, of a `.safetensors` file or a pickle that holds only tensors.
+    """Tensors by published key, on the CPU, of a `.safetensors` file or a pickle.
 
-    The kind of file is told from its content, not from its name.
+    The kind of file is told from its content, not from its name. A pickle is the state dict itself, or a training
+    checkpoint with the state dict under one of the names of `WRAPPERS`. What lies beside it there (optimizer,
+    discriminator, arguments, and the moving average `ema`) is left out. LlamaGen's samplers read `model` as well, while
+    its scripts that measure reconstructions would prefer `ema` where there is one.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an empty or truncated file, an HTML page saved as a checkpoint, a pickle with code inside (which is
-            refused, not run), or something other than a flat dictionary of tensors.
+            refused, not run), or no flat dictionary of tensors in it, or more than one under the names of `WRAPPERS`.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,14 +73,16 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter(
                 "ignore"
             )  # about pickle protocols and TorchScript; the error below says enough
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Training scripts save their arguments beside the weights: a plain bag of attributes without any code.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds Python objects or code besides tensors; it was refused and nothing in it was run"
         ) from None
     except Exception as error:  # a damaged pickle can fail anywhere, with any exception
         raise _damaged(path, error) from None
-    return _flat(content, path)
+    return _state_dict(content, path)
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
@@ -82,13 +90,26 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is truncated, damaged or not a checkpoint ({reason}); download it again")
 
 
-def _flat(content: Any, path: Path) -> dict[str, Tensor]:
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    wrappers = [name for name in WRAPPERS if name in content and not isinstance(content[name], Tensor)]
+    if len(wrappers) > 1:
+        raise ValueError(
+            f"{path} wraps a state dict under each of {', '.join(wrappers)}; save the one you mean alone"
+        )
+    place = f"{path} under {wrappers[0]!r}" if wrappers else str(path)
+    return _flat(content[wrappers[0]] if wrappers else content, place)
+
+
+def _flat(content: Any, place: str) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not content:
+        what = "an empty dictionary" if content == {} else f"a {type(content).__name__}"
+        raise ValueError(f"{place} holds {what}, not a dictionary of tensors")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(
-                f"{path} is not a flat dictionary of tensors: {key!r} holds a {type(value).__name__}; "
-                "if it wraps the state dict, save that alone"
+                f"{place} is not a flat dictionary of tensors: {key!r} holds a {type(value).__name__}; "
+                f"only a state dict under one of {', '.join(WRAPPERS)} is found by itself, save any other alone"
             )
     return dict(content)
