@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import json
 import shutil
 import urllib.error
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vistok
+from tests.models.upstream.test_releases import read_manifest
 from tests.tiny import save_tiny_pipeline
 from vistok.hub import WeightsUnavailableError, known_names, load_pipeline, load_tokenizer
 from vistok.models.upstream.releases import RELEASES
@@ -175,26 +175,76 @@ def test_a_lone_file_of_unknown_weights(tmp_path: Path) -> None:
         vistok.load(tmp_path / "a.safetensors")
 
 
-def test_generators_of_one_d_piece_come_with_their_tokenizer(tmp_path: Path, monkeypatch) -> None:
-    goldens = Path(__file__).parent / "goldens"
-    manifests = {
-        "one-d-piece-b-256": goldens / "one_d_piece" / "manifest-one_d_piece_b256.json.gz",
-        "maskgit-one-d-piece-b-256": goldens / "maskgit" / "manifest-maskgit_one_d_piece_b256.json.gz",
-    }
-    for name in manifests:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "pytorch_model.bin").touch()
-
-    def shapes(path: Path) -> dict[str, torch.Tensor]:
-        tensors = json.loads(gzip.decompress(manifests[path.parent.name].read_bytes()))["tensors"]
-        return {key: torch.empty(shape, device="meta") for key, shape in tensors.items()}
-
+@pytest.fixture
+def files_of(tmp_path: Path, monkeypatch, offline):
+    """`files_of(names)` puts files of releases by hand where they are looked for: their shapes, without numbers."""
     monkeypatch.setenv("VISTOK_HOME", str(tmp_path))
-    monkeypatch.setattr("vistok.models.upstream.read_checkpoint", shapes)
+    monkeypatch.setattr(
+        "vistok.models.upstream.read_checkpoint", lambda path: read_manifest(path.parent.name)
+    )
     monkeypatch.setattr("vistok.models.upstream.stored_config", lambda path: None)
+
+    def put(names: list[str]) -> list[Path]:
+        paths = [tmp_path / name / RELEASES[name].files[0] for name in names]
+        for path in paths:
+            path.parent.mkdir()
+            path.touch()
+        return paths
+
+    return put
+
+
+def test_generators_of_one_d_piece_come_with_their_tokenizer(files_of) -> None:
+    files_of(["maskgit-one-d-piece-b-256", "one-d-piece-b-256"])
     pipeline = vistok.load("maskgit-one-d-piece-b-256", device="meta")
     assert type(pipeline.tokenizer) is vistok.OneDPiece
     assert pipeline.tokenizer.num_tokens == pipeline.transformer.num_tokens == 256
+    assert pipeline.sampling_settings()["guidance_scale"] == 8.5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "tokenizer", "preset"),
+    [
+        ("llamagen-b-384", "LlamaGenClass", "llamagen-vq-16-384", {"guidance_scale": 2.0, "top_k": None}),
+        (
+            "llamagen-xl-t2i-512",
+            "LlamaGenText",
+            "llamagen-vq-16-t2i-512",
+            {"guidance_scale": 7.5, "top_k": 1000},
+        ),
+        ("nar-m-256", "NARClass", "llamagen-vq-16", {"guidance_scale": 2.0, "top_k": None}),
+        ("nar-xl-t2i-256", "NARText", "llamagen-vq-16-t2i-256", {"guidance_scale": 7.5, "top_k": None}),
+    ],
+)
+def test_generators_over_a_grid_come_with_their_tokenizer(
+    name: str, kind: str, tokenizer: str, preset: dict, files_of
+) -> None:
+    files_of([name, tokenizer])
+    pipeline = load_pipeline(name, device="meta")
+    is_text = kind.endswith("Text")
+    assert type(pipeline) is (vistok.TextToImagePipeline if is_text else vistok.ClassToImagePipeline)
+    assert type(pipeline.transformer) is getattr(vistok, kind) and type(pipeline.tokenizer) is vistok.VQGAN
+    assert pipeline.tokenizer.image_size == RELEASES[tokenizer].config["image_size"]
+    settings = pipeline.sampling_settings()
+    assert settings.items() >= {**preset, "guidance_tokens": None, "temperature": 1.0, "top_p": 1.0}.items()
+
+
+def test_a_generator_without_its_tokenizer_says_what_is_missing(files_of) -> None:
+    files_of(["nar-b-256"])
+    with pytest.raises(WeightsUnavailableError, match=r"llamagen-vq-16 needs vq_ds16_c2i\.pt \(288 MB\)"):
+        vistok.load("nar-b-256")
+
+
+def test_a_lone_file_is_told_by_its_name_where_shapes_do_not_tell(files_of, tmp_path: Path) -> None:
+    file = files_of(["llamagen-b-384"])[0]
+    assert vistok.load(file, device="meta").num_tokens == 24 * 24
+    renamed = file.rename(file.with_name("mine.pt"))
+    with pytest.raises(ValueError) as raised:
+        vistok.load(renamed)
+    message = str(raised.value)
+    assert f"{renamed} can be llamagen-b-256 or llamagen-b-384" in message
+    place = tmp_path / "llamagen-b-256" / "c2i_B_256.pt"
+    assert f"load the one you mean by name, with the file in its folder, such as {place}" in message
 
 
 FLEX_AR = RELEASES["flexar-113m-t2i"]
@@ -243,5 +293,5 @@ def test_a_generator_of_flextok_brings_its_preset(name: str, tmp_path: Path, mon
     assert isinstance(pipeline, vistok.TextToImagePipeline if is_text else vistok.ClassToImagePipeline)
     scale = 3.0 if is_text else 1.5
     settings = {"guidance_scale": scale, "temperature": 0.7, "top_k": None, "top_p": 1.0}
-    assert pipeline.sampling_settings() == settings
+    assert pipeline.sampling_settings() == settings | {"guidance_tokens": None, "typical_p": 1.0}
     assert pipeline.config["decode_options"]["num_inference_steps"] == 25

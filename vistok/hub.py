@@ -19,7 +19,7 @@ import vistok
 from vistok.models import upstream
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.upstream.keys import mismatches
-from vistok.models.upstream.releases import RELEASES, Release, matching_releases
+from vistok.models.upstream.releases import RELEASES, Release, matching_releases, possible_releases
 from vistok.zoo import shipped
 
 if TYPE_CHECKING:
@@ -186,13 +186,19 @@ def _load_file(path: Path) -> Any:
     weights = upstream.read_checkpoint(path)
     if (config := upstream.stored_config(path)) is not None:
         return upstream.load(upstream.system_of_config(config) or "", weights, config).eval()
-    fitting = matching_releases(weights)
-    if not fitting:
+    possible = possible_releases(weights, path.name)
+    if not possible:
         raise ValueError(
             f"{path} is not one of the known releases; name its system and configuration: "
             "`vistok convert SYSTEM CHECKPOINT --config CONFIG -o DIR`"
         )
-    return upstream.load(fitting[0].system, weights, fitting[0].complete_config()).eval()
+    if len(possible) > 1:
+        names, one = " or ".join(release.name for release in possible), possible[0]
+        raise ValueError(
+            f"{path} can be {names}, whose weights have the same shapes: load the one you mean by name, with the file "
+            f"in its folder, such as {releases_folder() / one.name / one.files[0]}"
+        )
+    return upstream.load(possible[0].system, weights, possible[0].complete_config()).eval()
 
 
 def _system(weights: dict[str, torch.Tensor], folder: Path) -> str:
@@ -208,36 +214,33 @@ def _load_release(release: Release, hub: dict[str, Any]) -> Any:
     file = _release_file(release, hub)
     config = upstream.stored_config(file) or _release_config(release, hub)
     model: Any = upstream.load(release.system, upstream.read_checkpoint(file), config).eval()
-    if release.tokenizer is None:
-        return model
-    if release.system == "flextok_ar":
-        return _flex_ar_pipeline(release, model, config, hub)
-    from vistok.pipelines.class_to_image import ClassToImagePipeline
-
-    return ClassToImagePipeline.from_release(_load_release(RELEASES[release.tokenizer], hub), model, release)
+    return model if release.tokenizer is None else _assemble(release, model, config, hub)
 
 
-def _flex_ar_pipeline(
-    release: Release, model: Any, config: Mapping[str, Any], hub: dict[str, Any]
-) -> ImagePipeline:
-    """With the tokenizer that the configuration names, or else the one that the release is known to go with."""
-    from vistok.models.upstream import flextok_ar
+def _assemble(release: Release, model: Any, config: Mapping[str, Any], hub: dict[str, Any]) -> ImagePipeline:
+    """The pipeline of a published generator, with its tokenizer and the published sampling settings as the preset.
+
+    What the configuration itself says of the settings comes before what is known of the release.
+    """
     from vistok.pipelines.class_to_image import ClassToImagePipeline
     from vistok.pipelines.text_to_image import TextToImagePipeline
 
-    named = flextok_ar.tokenizer_hub_id(config)
-    fitting = [
-        one
-        for one in RELEASES.values()
-        if one.hub_id == named or (not named and one.name == release.tokenizer)
-    ]
-    if not fitting:
-        raise ValueError(f"{release.name} makes tokens of {named}, which is no known release")
-    tokenizer = _load_release(fitting[0], hub)
-    settings = flextok_ar.sampling_settings({**(release.sampling or {}), **(config.get("generation") or {})})
+    tokenizer = _load_release(_tokenizer_of(release, config), hub)
+    published = {**(release.sampling or {}), **(config.get("generation") or {})}
+    settings = upstream.sampling_settings(release.system, published)
     is_class = hasattr(model, "num_classes")
     pipeline_class = ClassToImagePipeline if is_class else TextToImagePipeline
     return pipeline_class(tokenizer, model, **settings)
+
+
+def _tokenizer_of(release: Release, config: Mapping[str, Any]) -> Release:
+    """The release that the configuration of a generator names, or else the one that it is known to go with."""
+    if (named := upstream.tokenizer_hub_id(config)) is None:
+        return RELEASES[str(release.tokenizer)]
+    for one in RELEASES.values():
+        if one.hub_id == named:
+            return one
+    raise ValueError(f"{release.name} makes tokens of {named}, which is no known release")
 
 
 def _release_config(release: Release, hub: dict[str, Any]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.pipelines.families import make_pipeline
 from tests.tiny import save_tiny_pipeline
 
 
@@ -28,6 +29,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same architecture with other weights."""
     return save_tiny_pipeline(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def class_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline that draws five classes on a grid of 4 x 4 tokens, row by row."""
+    folder = tmp_path_factory.mktemp("models") / "classes"
+    make_pipeline("llamagen-class").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -194,19 +194,63 @@ def test_weights_that_cannot_be_downloaded(
     [
         ([""], ["the prompt is empty"]),
         (["  "], ["the prompt is empty"]),
-        (["a" * 10_000], ["10000 bytes", "at most 16"]),
         (["ok", "--temperature", "0"], ["temperature must be above 0"]),
         (["ok", "--temperature", "-1"], ["temperature must be above 0"]),
         (["ok", "--temperature", "nan"], ["temperature must be above 0"]),
         (["ok", "--top-p", "0"], ["top_p must", "(0, 1]"]),
         (["ok", "--top-p", "1.5"], ["top_p must", "(0, 1]"]),
         (["ok", "--top-k", "0"], ["top_k must be at least 1"]),
+        (["ok", "--top-k", "21"], ["top_k 21 is larger than the vocabulary of 20"]),
+        (["ok", "--typical-p", "0"], ["typical_p must", "(0, 1]"]),
+        (["ok", "--guidance-scale", "0.5"], ["guidance_scale must be at least 1", "got 0.5"]),
+        (["ok", "--guidance-scale", "nan"], ["guidance_scale must be at least 1"]),
+        (["ok", "--guidance-scale", "1", "--negative", "cat"], ["negative_prompt needs guidance"]),
+        (["ok", "--keep-tokens", "2"], ["add --keep-from PICTURE"]),
+        (["ok", "--keep-from", "a.png"], ["needs either --keep-region or --keep-tokens"]),
+        (["ok", "--keep-from", "a.png", "--keep-tokens", "2"], ["a.png does not exist"]),
+        (["ok", "--keep-from", "a.png", "--keep-tokens", "6"], ["--keep-tokens must be in 1..5, got 6"]),
+        (["ok", "--keep-from", "a.png", "--keep-region", "top"], ["these are a sequence"]),
+        (["ok", "--keep-from", "a.png", "--keep-region", "middle"], ["must be top, bottom, left, right or"]),
+        (["ok", "--keep-from", "a.png", "--keep-region", "0,0,1"], ["must be top", "got '0,0,1'"]),
         (["ok", "--device", "tpu"], ["device 'tpu' is not available", "auto", "cpu"]),
         (["ok", "--dtype", "int8"], ["unknown dtype 'int8'", "float32"]),
     ],
 )
 def test_what_is_asked_of_the_generator(run, model: Path, out: Path, arguments: list, words: list) -> None:
     finished = run("generate", "-o", out / "a.png", "--model", model, *arguments)
+    assert_refused(finished, *words)
+    assert not list(out.iterdir())
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_the_user_told(run, model: Path, out: Path) -> None:
+    finished = run("generate", "red cat in a tree at night", "-o", out / "a.png", "--model", model)
+    assert finished.code == 0
+    (line,) = (line for line in finished.stderr.splitlines() if "warning" in line)
+    assert line.startswith(
+        "vistok: warning: the prompt has 26 bytes and this model reads 16: it was cut after"
+    )
+    run("generate", "red cat in a tre", "-o", out / "b.png", "--model", model)
+    assert (out / "a.png").read_bytes() == (out / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["7"], ["class 7 is out of range", "0 to 4"]),
+        (["--", "-1"], ["class -1 is out of range"]),
+        (["cat"], ["class names are those of ImageNet"]),
+        (["1", "--negative", "9", "--guidance-scale", "2"], ["class 9 is out of range"]),
+        (["1", "--num-tokens", "3"], ["no variable-length tokenizer: num_tokens cannot be chosen"]),
+        (
+            ["1", "--keep-from", "a.png", "--keep-region", "0,0,0.1,0.1"],
+            ["smaller than one of the 4x4 tokens"],
+        ),
+    ],
+)
+def test_what_is_asked_of_a_model_of_classes(
+    run, class_model: Path, out: Path, arguments: list, words: list
+) -> None:
+    finished = run("generate", "-o", out / "a.png", "--model", class_model, *arguments)
     assert_refused(finished, *words)
     assert not list(out.iterdir())
 
@@ -301,7 +345,7 @@ def test_ctrl_c_while_drawing(run, model: Path, out: Path, monkeypatch) -> None:
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vistok.pipelines.text_to_image.generate_ordered", interrupted)
+    monkeypatch.setattr("vistok.pipelines.drawing.generate_ordered", interrupted)
     finished = run("generate", "cat", "-o", f"{out}/new/", "--model", model)
     assert_refused(finished, "interrupted", code=130)
     assert not list(out.iterdir())

@@ -47,13 +47,26 @@ def test_a_folder_gets_one_png_each(run, model: Path, out: Path) -> None:
 
 
 def test_options_reach_the_sampler(run, model: Path, out: Path) -> None:
-    options = ("--guidance-scale", 1, "--top-k", 2, "--top-p", 0.5)
+    options = (
+        "--guidance-scale",
+        1,
+        "--guidance-tokens",
+        3,
+        "--top-k",
+        2,
+        "--top-p",
+        0.5,
+        "--typical-p",
+        0.9,
+    )
     finished = run("generate", "cat", "-o", out / "a.png", "--model", model, *options)
     assert json.loads(finished.stdout)["sampling"] == {
         "guidance_scale": 1.0,
+        "guidance_tokens": 3,
         "temperature": 1.0,
         "top_k": 2,
         "top_p": 0.5,
+        "typical_p": 0.9,
     }
 
 
@@ -78,6 +91,40 @@ def test_classes_are_drawn_by_index(run, tmp_path: Path, out: Path) -> None:
 def test_a_text_model_has_no_steps(run, model: Path, out: Path) -> None:
     refused = run("generate", "cat", "-o", out / "a.png", "--model", model, "--num-steps", 3)
     assert refused.code == 2 and "--num-steps is not a setting of a TextAR" in refused.stderr
+
+
+def test_a_negative_reaches_the_sampler(run, model: Path, class_model: Path, out: Path) -> None:
+    options = ("--seed", 3, "--guidance-scale", 3)
+    for folder, prompt, negative in ((model, "cat", "dog"), (class_model, "1", "2")):
+        command = ("generate", prompt, "--model", folder, *options)
+        finished = run(*command, "-o", out / "a.png", "--negative", negative)
+        assert finished.code == 0, finished.stderr
+        assert json.loads(finished.stdout)["negative"] == negative
+        pipeline = vistok.load(folder)
+        away = {pipeline.negative_argument: negative}
+        expected = pipeline(prompt, seed=3, guidance_scale=3.0, **away).images[0]
+        assert np.array_equal(pixels(out / "a.png"), np.asarray(expected))
+        run(*command, "-o", out / "b.png")
+        assert not np.array_equal(pixels(out / "a.png"), pixels(out / "b.png"))
+
+
+@pytest.mark.parametrize(
+    ("region", "kept"),
+    [("top", range(8)), ("0.5,0.5,1,1", (10, 11, 14, 15)), (None, range(3))],
+)
+def test_a_part_of_a_picture_is_kept(run, class_model: Path, picture: Path, out: Path, region, kept) -> None:
+    which = ("--keep-region", region) if region else ("--keep-tokens", 3)
+    finished = run(
+        "generate", "1", "-o", out / "a.png", "--model", class_model, "--keep-from", picture, *which
+    )
+    assert finished.code == 0, finished.stderr
+    assert json.loads(finished.stdout)["kept"] == {"picture": str(picture), "tokens": len(kept)}
+    pipeline = vistok.load(class_model)
+    tokens = pipeline.tokenizer.encode(vistok.load_image(picture, 16)[None])
+    keep = torch.zeros(16, dtype=torch.bool)
+    keep[list(kept)] = True
+    expected = pipeline("1", tokens=tokens, keep=keep).images[0]
+    assert np.array_equal(pixels(out / "a.png"), np.asarray(expected))
 
 
 def test_fewer_tokens_with_previews_on_the_way(run, model: Path, out: Path) -> None:

@@ -18,7 +18,9 @@ from vistok.codec.codec import ImageCodec, resize_to_original
 from vistok.codec.container import CHECKSUM, Container
 from vistok.data.images import resize_and_crop, to_pil, to_tensor
 from vistok.models.generators.maskgit import MaskGITBert
+from vistok.models.generators.text_ar import TextAR
 from vistok.models.tokenizers.conv_titok import ConvTiTok
+from vistok.order import BlockOrder
 from vistok.tokens import Layout, Tokens
 
 CODECS = ["uniform_codec", "prior_codec"]
@@ -201,13 +203,18 @@ def test_what_a_codec_cannot_be_made_of(tokenizer, monkeypatch) -> None:
         ImageCodec(tokenizer, make_generator(num_tokens=4))
     grid = make_generator()
     grid.layout = Layout((2, 3))
-    with pytest.raises(ValueError, match="its layout is 2x3 and not sequence"):
+    with pytest.raises(
+        ValueError, match="it makes tokens on a grid of 2x3, the tokenizer decodes them in a sequence"
+    ):
         ImageCodec(tokenizer, grid)
     masked = MaskGITBert(
         codebook_size=20, num_classes=2, num_tokens=6, dim=8, depth=1, num_heads=1, mlp_dim=8
     )
     with pytest.raises(ValueError, match="MaskGITBert does not predict the next token"):
         ImageCodec(tokenizer, masked)
+    monkeypatch.setattr(TextAR, "order", BlockOrder(6, 2))
+    with pytest.raises(ValueError, match="TextAR does not predict the next token"):
+        ImageCodec(tokenizer, make_generator())
     monkeypatch.setattr(tokenizer, "codebook_size", None)
     with pytest.raises(ValueError, match="has continuous tokens"):
         ImageCodec(tokenizer)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from vistok.models import upstream
 from vistok.models.generators.maskgit import MaskGITBert
 from vistok.models.tokenizers.conv_titok import ConvTiTok
 from vistok.models.upstream.releases import RELEASES
@@ -109,14 +110,15 @@ def test_a_generator_of_another_tokenizer_is_refused(pipeline: ClassToImagePipel
     other = MaskGITBert(
         codebook_size=8, num_classes=3, num_tokens=4, dim=16, depth=1, num_heads=2, mlp_dim=16
     )
-    with pytest.raises(ValueError, match="codebook_size is 8 there and 16 here"):
+    with pytest.raises(ValueError, match="its codebook_size is 8 and not 16"):
         ClassToImagePipeline(pipeline.tokenizer, other)
 
 
 def test_a_release_brings_its_sampling_settings(pipeline: ClassToImagePipeline) -> None:
     parts = (pipeline.tokenizer, pipeline.transformer)
-    settings = ClassToImagePipeline.from_release(*parts, RELEASES["maskgit-titok-l-32"]).sampling_settings()
-    assert settings == {
+    release = RELEASES["maskgit-titok-l-32"]
+    preset = upstream.sampling_settings(release.system, release.sampling)
+    assert ClassToImagePipeline(*parts, **preset).sampling_settings() == {
         "num_inference_steps": 8,
         "guidance_scale": 5.5,  # the release counts this schedule from 0
         "guidance_schedule": "linear",
@@ -124,5 +126,3 @@ def test_a_release_brings_its_sampling_settings(pipeline: ClassToImagePipeline) 
         "choice_temperature": 9.5,
         "softmax_annealing": True,
     }
-    with pytest.raises(ValueError, match="'titok-l-32' has no sampling settings"):
-        ClassToImagePipeline.from_release(*parts, RELEASES["titok-l-32"])

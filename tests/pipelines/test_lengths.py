@@ -114,7 +114,7 @@ def test_a_tokenizer_of_fixed_length_gets_no_prefix_and_no_previews() -> None:
     assert tokens(pipeline, 1, num_tokens=6).data.shape == (1, 6)
     with pytest.raises(ValueError, match="FixedTokenizer decodes exactly 6 tokens.*variable-length"):
         pipeline(1, num_tokens=5)
-    with pytest.raises(ValueError, match="decodes only all tokens of an image"):
+    with pytest.raises(ValueError, match="variable-length tokenizer: there are no previews"):
         pipeline(1, preview_callback=print)
 
 
@@ -181,7 +181,8 @@ def test_null_class_repeats_what_the_published_code_does() -> None:
 
 
 def test_settings_are_those_of_the_kind_of_generator(tmp_path) -> None:
-    preset = {"guidance_scale": 1.5, "temperature": 0.9, "top_k": 7, "top_p": 0.8}
+    preset = {"guidance_scale": 1.5, "guidance_tokens": 3, "temperature": 0.9}
+    preset |= {"top_k": 7, "top_p": 0.8, "typical_p": 0.7}
     pipeline = from_classes(**preset)
     pipeline.save_pretrained(tmp_path)
     loaded = vistok.load(tmp_path)
@@ -209,7 +210,9 @@ def test_texts_are_given_as_features() -> None:
     assert torch.equal(alone, batch[2:]) and not torch.equal(batch[:2], batch[2:])
     plain = tokens(pipeline, prompt_features=features, seed=5, num_images_per_prompt=2).data
     assert not torch.equal(plain, batch)
-    with pytest.raises(ValueError, match="guidance needs the features of the empty text"):
+    with pytest.raises(
+        ValueError, match="guidance of a FlexARText needs the features of the text '', one row"
+    ):
         pipeline(prompt_features=features, guidance_scale=2.0)
     with pytest.raises(ValueError, match="either prompt or prompt_features"):
         pipeline("a", prompt_features=features)

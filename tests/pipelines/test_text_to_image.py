@@ -66,9 +66,9 @@ def test_callback_sees_every_step(pipeline):
 
 def test_parts_that_do_not_fit_are_refused():
     tokenizer = vistok.ConvTiTok(**TOKENIZER)
-    with pytest.raises(ValueError, match="codebook_size is 21 there and 20 here"):
+    with pytest.raises(ValueError, match="its codebook_size is 21 and not 20"):
         vistok.TextToImagePipeline(tokenizer, vistok.TextAR(**{**GENERATOR, "codebook_size": 21}))
-    with pytest.raises(ValueError, match="num_tokens is 5 there and 6 here"):
+    with pytest.raises(ValueError, match="its num_tokens is 5 and not 6"):
         vistok.TextToImagePipeline(tokenizer, vistok.TextAR(**{**GENERATOR, "num_tokens": 5}))
 
 

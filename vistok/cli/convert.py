@@ -41,7 +41,9 @@ def convert(
     if config is not None:
         settings: Mapping[str, Any] = upstream.load_config(config)
     else:
-        settings = upstream.stored_config(checkpoint) or _known_config(system, weights, release)
+        settings = upstream.stored_config(checkpoint) or _known_config(
+            system, weights, checkpoint.name, release
+        )
     model = upstream.load(system, weights, settings)
     with atomic_path(output) as partial:
         model.save_pretrained(partial)
@@ -57,9 +59,11 @@ def convert(
     )
 
 
-def _known_config(system: str, weights: Mapping[str, Any], release: str | None) -> Mapping[str, Any]:
-    """The configuration of the release called `release`, or of the one that `weights` have the shape of."""
-    from vistok.models.upstream.releases import RELEASES, matching_releases
+def _known_config(
+    system: str, weights: Mapping[str, Any], file_name: str, release: str | None
+) -> Mapping[str, Any]:
+    """The configuration of the release called `release`, or of the one that a file of `weights` must be."""
+    from vistok.models.upstream.releases import RELEASES, possible_releases
 
     if release is not None:
         names = [name for name, entry in RELEASES.items() if entry.system == system]
@@ -67,16 +71,16 @@ def _known_config(system: str, weights: Mapping[str, Any], release: str | None) 
             close = " or ".join(get_close_matches(release, names)) or ", ".join(names)
             raise ValueError(f"unknown release {release!r} of {system}; did you mean {close}?")
         return RELEASES[release].complete_config()
-    fitting = [entry for entry in matching_releases(weights) if entry.system == system]
-    if not fitting:
+    possible = [entry for entry in possible_releases(weights, file_name) if entry.system == system]
+    if not possible:
         raise ValueError(
             f"these weights are no known release of {system}; give its configuration with --config FILE"
         )
-    if any(entry.config != fitting[0].config for entry in fitting):
+    if len(possible) > 1:
         raise ValueError(
-            f"several releases look like this: {', '.join(r.name for r in fitting)}; say which: --release"
+            f"several releases look like this: {', '.join(r.name for r in possible)}; say which: --release"
         )
-    return fitting[0].complete_config()
+    return possible[0].complete_config()
 
 
 def sha256(path: Path) -> str:

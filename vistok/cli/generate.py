@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vistok.cli.detect import make_watermark
+from vistok.cli.keep import kept_tokens
 from vistok.cli.options import DEFAULT_MODEL, Device, Dtype, Model, Output, Seed, choose_device, choose_dtype
 from vistok.cli.output import PictureOutput, check_folder, report
 
@@ -37,8 +39,31 @@ def generate(
         typer.Option(metavar="DIR", help="Folder for pictures of the tokens so far: 1, 2, 4, 8, ..."),
     ] = None,
     seed: Seed = 0,
+    negative: Annotated[
+        str | None, typer.Option(help="Guide away from this text or class instead of from nothing.")
+    ] = None,
+    keep_from: Annotated[
+        Path | None,
+        typer.Option(metavar="PICTURE", help="Keep a part of this picture and draw the rest."),
+    ] = None,
+    keep_region: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGION",
+            help="That part: top, bottom, left, right, or LEFT,TOP,RIGHT,BOTTOM between 0 and 1; for tokens on a grid.",
+        ),
+    ] = None,
+    keep_tokens: Annotated[
+        int | None, typer.Option(min=1, help="That part: the first so many tokens; for tokens in a sequence.")
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 is off. [default: the model's]")
+    ] = None,
+    guidance_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Guide only until more than so many tokens are drawn. [default: the model's]"
+        ),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Above 0. [default: the model's]")] = None,
     top_k: Annotated[
@@ -47,11 +72,22 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Keep this much probability, in (0, 1]. [default: the model's]")
     ] = None,
+    typical_p: Annotated[
+        float | None, typer.Option(help="Keep the most typical tokens, in (0, 1]. [default: the model's]")
+    ] = None,
     num_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of a masked generator. [default: the model's]")
     ] = None,
     choice_temperature: Annotated[
         float | None, typer.Option(help="Noise of a masked generator; 0 is greedy. [default: the model's]")
+    ] = None,
+    watermark: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Mark the images with a secret text; `vistok detect` finds it."),
+    ] = None,
+    watermark_strength: Annotated[
+        float | None,
+        typer.Option(min=0, help="More is easier to find and changes the images more. [default: 2]"),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -67,12 +103,17 @@ def generate(
     sampling = sampling_settings(
         pipeline,
         guidance_scale=guidance_scale,
+        guidance_tokens=guidance_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        typical_p=typical_p,
         num_inference_steps=num_steps,
         choice_temperature=choice_temperature,
     )
+    seeds = [seed + j for j in range(num_images)] * len(prompts)
+    mark = make_watermark(watermark, watermark_strength, pipeline.tokenizer.codebook_size, seeds)
+    kept = kept_tokens(pipeline.tokenizer, keep_from, keep_region, keep_tokens)
     labels = [prompt for prompt in prompts for _ in range(num_images)]
     loaded = time.perf_counter()
     pictures = pipeline(
@@ -81,6 +122,9 @@ def generate(
         num_tokens=num_tokens,
         seed=seed,
         preview_callback=None if preview is None else previews_in(preview, labels, _columns(num_images)),
+        logits_processor=mark,
+        **{pipeline.negative_argument: negative},
+        **kept,
         **sampling,
     ).images
     seconds = time.perf_counter() - loaded
@@ -92,7 +136,10 @@ def generate(
         num_images=len(pictures),
         num_tokens=(drawn := num_tokens or pipeline.transformer.num_tokens),
         seed=seed,
+        negative=negative,
+        kept=None if keep_from is None else {"picture": str(keep_from), "tokens": int(kept["keep"].sum())},
         sampling=pipeline.sampling_settings(**sampling),
+        watermark_strength=None if mark is None else mark.strength,
         device=str(pipeline.device),
         dtype=dtype,
         load_seconds=round(loaded - started, 3),

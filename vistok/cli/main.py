@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from vistok.cli import (
     compress,
     convert,
     demo,
+    detect,
     doctor,
     evaluate,
     generate,
@@ -61,6 +63,7 @@ evaluation.command("fid")(evaluate.fid)
 evaluation.command("reconstruction")(evaluate.reconstruction)
 evaluation.command("rate-distortion")(evaluate.rate_distortion)
 app.command("generate")(generate.generate)
+app.command("detect")(detect.detect)
 app.command("tokenize")(tokenize.tokenize)
 app.command("detokenize")(tokenize.detokenize)
 app.command("reconstruct")(reconstruct.reconstruct)
@@ -89,6 +92,11 @@ def _every_command(
     ] = False,
 ) -> None:
     logging.basicConfig(format="vistok: %(message)s", stream=sys.stderr)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # it is told more than it shows
+
+
+def _show_warning(message: object, *place: object) -> None:
+    typer.echo(f"vistok: warning: {message}", err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

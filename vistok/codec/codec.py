@@ -14,6 +14,8 @@ from vistok.data.images import resize_and_crop, to_pil, to_tensor
 from vistok.models.generators.base import Generator, OrderedGenerator
 from vistok.models.identity import model_identity
 from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.order import RasterOrder
+from vistok.pipelines.fit import check_fit
 from vistok.tokens import Tokens
 
 
@@ -150,17 +152,11 @@ class ImageCodec:
 
 def _fitting(generator: Generator, tokenizer: ImageTokenizer) -> OrderedGenerator:
     """`generator`, if it can predict the tokens of `tokenizer` one after the other."""
-    if not isinstance(generator, OrderedGenerator):
+    if not isinstance(generator, OrderedGenerator) or not isinstance(generator.order, RasterOrder):
         raise ValueError(
             f"{type(generator).__name__} does not predict the next token; without a prior, any tokenizer will do"
         )
-    for name in ("codebook_size", "num_tokens", "layout"):
-        ours, theirs = getattr(tokenizer, name), getattr(generator, name)
-        if ours != theirs:
-            raise ValueError(
-                f"{type(generator).__name__} does not fit {type(tokenizer).__name__}: "
-                f"its {name} is {theirs} and not {ours}"
-            )
+    check_fit(tokenizer, generator)
     return generator
 
 

@@ -1,9 +1,10 @@
-"""A Gradio app around one text-to-image pipeline: draw from a text; turn a picture into tokens and back."""
+"""A Gradio app around one pipeline: draw from a text or a class; turn a picture into tokens and back."""
 
 from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from vistok.eval.reconstruction import psnr
 from vistok.eval.sources import pixels
 from vistok.hub import load_pipeline
 from vistok.models.tokenizers.base import ImageTokenizer
-from vistok.pipelines.text_to_image import TextToImagePipeline
+from vistok.pipelines.base import ImagePipeline
+from vistok.pipelines.class_to_image import ClassToImagePipeline
 
 MAX_IMAGES = 16
 # By default a gallery has a fixed height with a scroll bar, and a comparison cuts off what is too high for it.
@@ -26,21 +28,20 @@ CSS = """
 #comparison img { object-fit: contain; height: 100%; }
 """
 PICTURE_HEIGHT = 340  # pixels on the page
+TEMPERATURES = {"temperature": (0.1, 2, 0.05), "choice_temperature": (0, 20, 0.5)}  # lowest, highest, step
 
 
 def build_app(model: str = "emoji-64", *, device: str = "cpu") -> gr.Blocks:
     """The app, not yet started; see `serve`.
 
     Raises:
-        ValueError: an unknown model, or one that does not draw from texts.
+        ValueError: an unknown model, or one that does not draw.
     """
     pipeline = load_pipeline(model, device=device)
-    if not isinstance(pipeline, TextToImagePipeline):
-        raise ValueError(f"the demo draws from texts; {model} is a {type(pipeline).__name__}")
     pipeline.set_progress_bar_config(disable=True)
     with gr.Blocks(title=f"vistok: {model}", analytics_enabled=False) as app:
         gr.Markdown(f"# vistok\n{_introduction(model, pipeline.tokenizer)}")
-        with gr.Tab("Text to image"):
+        with gr.Tab("Class to image" if isinstance(pipeline, ClassToImagePipeline) else "Text to image"):
             _generation_tab(pipeline)
         with gr.Tab("Image to tokens"):
             _tokenization_tab(pipeline.tokenizer)
@@ -75,7 +76,7 @@ def wait(app: gr.Blocks) -> None:
 
 
 def generate(
-    pipeline: TextToImagePipeline,
+    pipeline: ImagePipeline,
     prompt: str,
     seed: float,
     num_images: float,
@@ -83,14 +84,14 @@ def generate(
     temperature: float,
 ) -> list[Image.Image]:
     """What the button of the first tab does; numbers come from the browser as floats."""
-    output: Any = pipeline(
-        prompt,
-        num_images_per_prompt=int(num_images),
-        seed=int(seed),
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-    )
-    return output.images
+    draw: Any = pipeline
+    settings = {"guidance_scale": guidance_scale, _temperature_of(pipeline): temperature}
+    return draw(prompt, num_images_per_prompt=int(num_images), seed=int(seed), **settings).images
+
+
+def _temperature_of(pipeline: ImagePipeline) -> str:
+    """What the kind of the generator calls its randomness."""
+    return next(name for name in TEMPERATURES if name in pipeline.sampling_settings())
 
 
 @torch.inference_mode()
@@ -108,9 +109,14 @@ def reconstruct(
     return (original, reconstruction), figures, " ".join(map(str, tokens.data[0].tolist()))
 
 
-def _generation_tab(pipeline: TextToImagePipeline) -> None:
+def _generation_tab(pipeline: ImagePipeline) -> None:
     preset = pipeline.sampling_settings()
-    prompt = gr.Textbox("red apple", label="What to draw", elem_id="prompt")
+    temperature_name = _temperature_of(pipeline)
+    lowest, highest, step = TEMPERATURES[temperature_name]
+    if isinstance(pipeline, ClassToImagePipeline):
+        prompt = gr.Textbox("0", label="Class", info="its number, or its ImageNet name", elem_id="prompt")
+    else:
+        prompt = gr.Textbox("red apple", label="What to draw", elem_id="prompt")
     with gr.Row():
         seed = gr.Number(0, label="Seed", info="of the first image", precision=0, minimum=0)
         num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", info="seeds count up")
@@ -118,7 +124,7 @@ def _generation_tab(pipeline: TextToImagePipeline) -> None:
             1, 10, preset["guidance_scale"], step=0.1, label="Guidance scale", info="1 is off"
         )
         temperature = gr.Slider(
-            0.1, 2, preset["temperature"], step=0.05, label="Temperature", info="low is careful"
+            lowest, highest, preset[temperature_name], step=step, label="Temperature", info="low is careful"
         )
     button = gr.Button("Draw", variant="primary")
     gallery = gr.Gallery(label="Images", elem_id="images", columns=4, height="auto", format="png")
@@ -180,9 +186,14 @@ def _showing_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, with what it says about its input shown to the user."""
 
     def shown(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except (ValueError, OSError) as error:
-            raise gr.Error(str(error)) from None
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                result = function(*arguments)
+            except (ValueError, OSError) as error:
+                raise gr.Error(str(error)) from None
+        for warning in said:
+            gr.Warning(str(warning.message))
+        return result
 
     return shown

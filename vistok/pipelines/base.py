@@ -1,11 +1,11 @@
-"""What all image pipelines share: streams from seeds, lengths, previews, output types, the fit of the parts."""
+"""What all image pipelines share: the preset, streams from seeds, lengths, given tokens, previews, output types."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -17,10 +17,16 @@ from torch import Tensor
 
 from vistok.data.images import to_pil
 from vistok.decoding.ordered import StepCallback, check_num_tokens
+from vistok.decoding.sampling import LogitsProcessor
 from vistok.decoding.streams import ImageStreams
-from vistok.models.generators.base import Generator, OrderedGenerator
+from vistok.models.generators.base import Condition, Generator, OrderedGenerator, repeat_each
 from vistok.models.tokenizers.base import ImageTokenizer, NumTokens
+from vistok.order import RasterOrder
 from vistok.pipelines.decoder import ImageDecoder, Preview, PreviewCallback
+from vistok.pipelines.drawing import Conditions, draw, followed_order, num_steps
+from vistok.pipelines.fit import check_fit
+from vistok.pipelines.inpainting import given_tokens
+from vistok.pipelines.settings import ALL_SETTINGS, Settings, override, settings_for
 from vistok.tokens import Tokens
 
 # diffusers' list of libraries that parts of a pipeline come from: model_index.json then names ours as "vistok".
@@ -40,25 +46,132 @@ class ImagePipelineOutput(BaseOutput):
 class ImagePipeline(DiffusionPipeline):
     """A tokenizer and an image model that fit each other.
 
-    The model is called `transformer`, as in diffusers: `generator` is always a `torch.Generator`.
+    The model is called `transformer`, as in diffusers: `generator` is always a `torch.Generator`. Any generator fits any
+    tokenizer with the same vocabulary, number of tokens and layout.
+
+    The settings are the preset, used where a call does not say otherwise. Those that the kind of generator does not
+    have must stay `None`; the others are, where `None`, those of `MaskedSettings` or `OrderedSettings`.
+
+    Args:
+        tokenizer: decodes the tokens.
+        transformer: makes them.
+        num_inference_steps, guidance_schedule, guidance_power, choice_temperature, softmax_annealing: of a masked
+            generator, see `MaskedSettings`.
+        guidance_scale: of both kinds; 1.0 is off.
+        guidance_tokens, temperature, top_k, top_p, typical_p: of a generator with a fixed order, see `OrderedSettings`.
+        decode_options: for `tokenizer.decode`.
+
+    Raises:
+        ValueError: tokenizer and transformer do not fit, the transformer is conditioned on something else, or a setting
+            is outside its range or of the other kind.
     """
 
     tokenizer: ImageTokenizer
     transformer: Generator
+    model_cpu_offload_seq = "transformer->tokenizer"  # type: ignore[assignment]
+    negative_argument: ClassVar[str]  # what a call takes to guide away from
 
-    def sampling_settings(self) -> dict[str, Any]:
-        """The settings that a call samples with when it names none."""
-        raise NotImplementedError(f"{type(self).__name__} does not define sampling_settings()")
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        transformer: Generator,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_tokens: int | None = None,
+        guidance_schedule: str | None = None,
+        guidance_power: float | None = None,
+        choice_temperature: float | None = None,
+        softmax_annealing: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        typical_p: float | None = None,
+        decode_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self._check_condition(transformer)
+        check_fit(tokenizer, transformer)
+        given = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_tokens": guidance_tokens,
+            "guidance_schedule": guidance_schedule,
+            "guidance_power": guidance_power,
+            "choice_temperature": choice_temperature,
+            "softmax_annealing": softmax_annealing,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "typical_p": typical_p,
+        }
+        settings = settings_for(transformer, given)
+        self.register_modules(tokenizer=tokenizer, transformer=transformer)
+        self.register_to_config(**given | asdict(settings), decode_options=decode_options)
 
-    def _check_fit(self, tokenizer: ImageTokenizer, transformer: Generator) -> None:
-        """Raises ValueError when the transformer's tokens are not the tokenizer's."""
-        for name in ("codebook_size", "num_tokens", "layout"):
-            left, right = getattr(tokenizer, name), getattr(transformer, name)
-            if left != right:
-                raise ValueError(
-                    f"{type(transformer).__name__} does not fit {type(tokenizer).__name__}: "
-                    f"{name} is {right} there and {left} here"
-                )
+    def _check_condition(self, transformer: Generator) -> None:
+        """Raises ValueError unless the transformer is conditioned on what this pipeline takes."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _check_condition()")
+
+    def sampling_settings(self, **given: Any) -> dict[str, Any]:
+        """The settings a call with these arguments samples with: what is `None` comes from the preset.
+
+        Raises:
+            ValueError: one that this kind of generator does not have, or a value outside its range.
+        """
+        return asdict(self._settings(**given))
+
+    def _settings(self, **given: Any) -> Settings:
+        preset = settings_for(self.transformer, {name: self.config[name] for name in ALL_SETTINGS})
+        return override(preset, given, self.transformer)
+
+    def _generate(
+        self,
+        conditions: Callable[[], Conditions],
+        num_prompts: int,
+        settings: Settings,
+        *,
+        num_images_per_prompt: int,
+        num_tokens: NumTokens | None,
+        tokens: Tokens | None,
+        keep: Tensor | None,
+        logits_processor: LogitsProcessor | None,
+        seed: int | Sequence[int],
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        decode_options: Mapping[str, Any] | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: StepEnd | None,
+        preview_callback: PreviewCallback | None,
+        preview_at: Sequence[int] | None,
+    ) -> ImagePipelineOutput | tuple:
+        """What a call does once it knows its settings; see `ClassToImagePipeline.__call__` for the arguments.
+
+        Args:
+            conditions: gives what the images are drawn from, called when all else was found in order.
+            num_prompts: how many different conditions.
+            settings: how the generator is sampled.
+        """
+        total = num_prompts * num_images_per_prompt
+        lengths = self._lengths(num_tokens, total)
+        given = given_tokens(self.tokenizer, tokens, keep, total)
+        streams = self._streams(seed, generator, num_prompts, num_images_per_prompt)
+        decoder = self._decoder(streams, decode_options)
+        preview = self._preview(preview_callback, preview_at, lengths, decoder, output_type)
+        is_whole = preview is None and bool((lengths == self.transformer.num_tokens).all())
+        model = followed_order(self.transformer, given) if is_whole else self.transformer
+        drawn_from = conditions()
+        with self._steps(num_steps(model, settings, lengths), callback_on_step_end, preview) as on_step:
+            drawn = draw(
+                model,
+                drawn_from,
+                settings,
+                streams=streams,
+                lengths=lengths,
+                given=given,
+                logits_processor=logits_processor,
+                on_step=on_step,
+            )
+        return self._output(drawn, decoder, output_type, return_dict)
 
     def _streams(
         self, seed: int | Sequence[int], generator: Any, num_prompts: int, per_prompt: int
@@ -74,14 +187,25 @@ class ImagePipeline(DiffusionPipeline):
         return ImageStreams.from_seeds(seed)
 
     def _lengths(self, num_tokens: NumTokens | None, total: int) -> Tensor:
-        """One length per image, `[b]`; raises ValueError for a length that the tokenizer does not decode."""
+        """One length per image, `[b]`; raises ValueError where the generator or the tokenizer needs all tokens."""
         lengths = check_num_tokens(num_tokens, total, self.transformer.num_tokens)
-        if not self.tokenizer.variable_length and bool((lengths != self.tokenizer.num_tokens).any()):
-            raise ValueError(
-                f"{type(self.tokenizer).__name__} decodes exactly {self.tokenizer.num_tokens} tokens: "
-                "num_tokens can be chosen only with a variable-length tokenizer"
-            )
+        if bool((lengths != self.tokenizer.num_tokens).any()):
+            self._check_prefixes("num_tokens cannot be chosen")
         return lengths
+
+    def _check_prefixes(self, consequence: str) -> None:
+        """Raises ValueError, with the `consequence`, unless the first tokens of an image are a coarser image."""
+        if not self.tokenizer.variable_length:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} decodes exactly {self.tokenizer.num_tokens} tokens, it is no "
+                f"variable-length tokenizer: {consequence}"
+            )
+        model = self.transformer
+        if isinstance(model, OrderedGenerator) and not isinstance(model.order, RasterOrder):
+            raise ValueError(
+                f"{type(model).__name__} does not decide the first tokens first, but in {type(model.order).__name__}: "
+                f"{consequence}"
+            )
 
     def _preview(
         self,
@@ -98,10 +222,7 @@ class ImagePipeline(DiffusionPipeline):
             raise ValueError(
                 f"{type(self.transformer).__name__} decides its tokens in no fixed order: there are no previews"
             )
-        if not self.tokenizer.variable_length:
-            raise ValueError(
-                f"{type(self.tokenizer).__name__} decodes only all tokens of an image: there are no previews"
-            )
+        self._check_prefixes("there are no previews")
         kind = "pt" if output_type == "tokens" else output_type
         return Preview(callback, lambda tokens: _convert(decoder(tokens), kind), lengths, at)
 
@@ -153,15 +274,37 @@ def check_request(output_type: str, num_images_per_prompt: int) -> None:
         raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
 
 
+def check_negative(name: str, negative: Any, settings: Settings) -> None:
+    """Raises ValueError when something is given to guide away from, and guidance is off."""
+    if negative is not None and settings.guidance_scale == 1.0:
+        raise ValueError(f"{name} needs guidance, and guidance_scale is 1.0, which is off; try 2.0")
+
+
+def one_per_image(condition: Condition, total: int, name: str) -> Condition:
+    """The rows of `condition`, a single one of them for every image; raises ValueError for another number."""
+    if len(condition) not in (1, total):
+        raise ValueError(
+            f"{len(condition)} rows of {name} for {total} images; give one, or one for each image"
+        )
+    return condition if len(condition) == total else repeat_each(condition, total)
+
+
 def _one_each(generator: Any, total: int) -> list[torch.Generator]:
+    """One generator per image, on the CPU, where all randomness is drawn."""
     if isinstance(generator, torch.Generator):
-        if total == 1:
-            return [generator]
-        seeds = torch.randint(2**63 - 1, (total,), generator=generator, device=generator.device)
-        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        return _seeded_from(generator, total) if total > 1 else [_on_cpu(generator)]
     if len(generator) != total:
         raise ValueError(f"{len(generator)} generators for {total} images; give one, or one for each image")
-    return list(generator)
+    return [_on_cpu(one) for one in generator]
+
+
+def _on_cpu(generator: torch.Generator) -> torch.Generator:
+    return generator if generator.device.type == "cpu" else _seeded_from(generator, 1)[0]
+
+
+def _seeded_from(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=generator.device)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
 def _convert(images: Tensor, output_type: str) -> Any:

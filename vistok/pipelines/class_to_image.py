@@ -1,122 +1,66 @@
-"""Class -> image with a masked or a next-token generator."""
+"""Class -> image with a generator of any kind."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vistok.data.imagenet import NUM_CLASSES, class_index
-from vistok.decoding.masked import generate_masked
-from vistok.decoding.ordered import StepCallback, generate_ordered
-from vistok.decoding.streams import ImageStreams
-from vistok.models.generators.base import MaskedGenerator, OrderedGenerator
-from vistok.models.generators.flex_ar import FlexARClass
-from vistok.models.tokenizers.base import ImageTokenizer, NumTokens
-from vistok.models.upstream.maskgit import sampling_settings
-from vistok.models.upstream.releases import Release
-from vistok.pipelines.base import ImagePipeline, ImagePipelineOutput, StepEnd, check_request
-from vistok.pipelines.decoder import PreviewCallback
-from vistok.pipelines.settings import (
-    ALL_SETTINGS,
-    MaskedSettings,
-    OrderedSettings,
-    Settings,
-    override,
-    settings_for,
+from vistok.decoding.sampling import LogitsProcessor
+from vistok.models.generators.base import Generator, OrderedGenerator
+from vistok.models.tokenizers.base import NumTokens
+from vistok.pipelines.base import (
+    ImagePipeline,
+    ImagePipelineOutput,
+    StepEnd,
+    check_negative,
+    check_request,
+    one_per_image,
 )
+from vistok.pipelines.decoder import PreviewCallback
+from vistok.pipelines.drawing import Conditions
 from vistok.tokens import Tokens
 
 Label = int | str
-ClassGenerator = MaskedGenerator | FlexARClass
 
 
 class ClassToImagePipeline(ImagePipeline):
-    """Draws images of classes, with a masked or with a next-token generator.
+    """Draws images of classes, with any generator that has `num_classes`; see `ImagePipeline` for the arguments."""
 
-    The settings are the preset, used where a call does not say otherwise. Those that the kind of generator does not
-    have must stay `None`; the others are, where `None`, those of `MaskedSettings` or `OrderedSettings`.
+    negative_argument = "negative_class"
 
-    Args:
-        tokenizer: decodes the tokens.
-        transformer: a generator with `num_classes`.
-        num_inference_steps, guidance_schedule, guidance_power, choice_temperature, softmax_annealing: of a masked
-            generator, see `MaskedSettings`.
-        guidance_scale: of both kinds.
-        temperature, top_k, top_p: of a next-token generator, see `OrderedSettings`.
-        decode_options: for `tokenizer.decode`.
-
-    Raises:
-        ValueError: tokenizer and transformer do not fit, or a setting is outside its range or of the other kind.
-    """
-
-    model_cpu_offload_seq = "transformer->tokenizer"  # type: ignore[assignment]
-    transformer: ClassGenerator
-
-    def __init__(
-        self,
-        tokenizer: ImageTokenizer,
-        transformer: ClassGenerator,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_schedule: str | None = None,
-        guidance_power: float | None = None,
-        choice_temperature: float | None = None,
-        softmax_annealing: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        decode_options: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self._check_fit(tokenizer, transformer)
-        given = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_schedule": guidance_schedule,
-            "guidance_power": guidance_power,
-            "choice_temperature": choice_temperature,
-            "softmax_annealing": softmax_annealing,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
-        settings = settings_for(transformer, given)
-        self.register_modules(tokenizer=tokenizer, transformer=transformer)
-        self.register_to_config(**given | asdict(settings), decode_options=decode_options)
-
-    @classmethod
-    def from_release(
-        cls, tokenizer: ImageTokenizer, transformer: MaskedGenerator, release: Release
-    ) -> ClassToImagePipeline:
-        """The pipeline of a published masked generator, with the sampling settings of its release as the preset.
-
-        Raises:
-            ValueError: the release is not a generator's, or as for the constructor.
-        """
-        if release.sampling is None:
-            raise ValueError(f"release {release.name!r} has no sampling settings: it is not a generator")
-        return cls(tokenizer, transformer, **sampling_settings(release.sampling))
+    def _check_condition(self, transformer: Generator) -> None:
+        if getattr(transformer, "num_classes", None) is None:
+            raise ValueError(
+                f"{type(transformer).__name__} is not conditioned on a class; use TextToImagePipeline for texts"
+            )
 
     @torch.no_grad()
     def __call__(
         self,
         class_labels: Label | Sequence[Label],
         *,
+        negative_class: Label | Sequence[Label] | None = None,
+        null_class: int | None = None,
         num_images_per_prompt: int = 1,
         num_tokens: NumTokens | None = None,
+        tokens: Tokens | None = None,
+        keep: Tensor | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_tokens: int | None = None,
         choice_temperature: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        null_class: int | None = None,
+        typical_p: float | None = None,
+        logits_processor: LogitsProcessor | None = None,
         seed: int | Sequence[int] = 0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decode_options: Mapping[str, Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -126,96 +70,97 @@ class ClassToImagePipeline(ImagePipeline):
     ) -> ImagePipelineOutput | tuple:
         """Generate `num_images_per_prompt` images of every class, class by class.
 
+        Some tokens of a picture can stay while the others are drawn; here the upper half of a picture on a grid:
+
+            tokens = pipeline.tokenizer.encode(images)  # images [1 3 H W] in [-1, 1]
+            keep = torch.zeros(16, 16, dtype=torch.bool)
+            keep[:8] = True
+            pipeline(207, tokens=tokens, keep=keep)
+
+        A masked generator sees all tokens that stay. So does one that follows any order, when all images of the call have
+        the same `keep` and all their tokens. Any other sees only those that its order decides before the token it draws:
+        in raster order what is above or to the left, on diagonals what is nearer to the upper left corner.
+
         Args:
             class_labels: one or several classes, by index or, for an ImageNet generator, by name or WordNet id.
-            num_images_per_prompt: images of each of them.
-            num_tokens: keep so many tokens, one number for all images or one per image. A next-token generator stops
-                there; a masked one decides all tokens in any case.
+            negative_class: guide away from this class instead of from no class; one for all images, or one for each.
+            null_class: of a generator with a fixed order: likewise, but only from the second step on. 0 gives what the
+                published FlexAR code draws, which overwrites its own label.
+            num_images_per_prompt: images of each class.
+            num_tokens: keep so many tokens, one number for all images or one per image; with a variable-length
+                tokenizer. A next-token generator stops there; a masked one decides all tokens in any case.
+            tokens: of a picture that is changed or continued, for all images or one for each image.
+            keep: with them, boolean, `True` where a token stays: `[n]`, on a grid also `[h w]`, or one row per image
+                `[b n]`.
             num_inference_steps, choice_temperature: of a masked generator, see `MaskedSamplingParams`.
             guidance_scale: classifier-free guidance, 1.0 is off; the schedule is the preset's.
-            temperature, top_k, top_p: of a next-token generator, see `SamplingParams`.
-            null_class: of a next-token generator: from the second token on, guide away from this class instead of from
-                no class. 0 gives what the published FlexAR code draws, which overwrites its own label.
-            seed: image j of every class uses `seed + j`; or a list with one seed per image.
+            guidance_tokens, temperature, top_k, top_p, typical_p: of a generator with a fixed order, see
+                `OrderedSettings`.
+            logits_processor: changes the guided logits `[b k codebook_size]` of every step before tokens are drawn.
+            seed: image j of every class uses `seed + j`; or a list with one seed per image. An image is the same
+                whatever else is in the batch.
             generator: instead of `seed`, one `torch.Generator` per image, or one from which they are seeded.
             decode_options: for `tokenizer.decode`, on top of the preset's.
             output_type: `"pil"`, `"np"`, `"pt"` or `"tokens"`; see `ImagePipelineOutput`.
             return_dict: `False` returns a tuple.
             callback_on_step_end: called as `callback(pipeline, step, num_steps, {"indices": [b n]})`; undecided
                 positions hold a masked generator's `mask_token_id`.
-            preview_callback, preview_at: as for `TextToImagePipeline`; of a next-token generator.
+            preview_callback: of a next-token generator with a variable-length tokenizer: called as
+                `callback(num_tokens, images)` with the images decoded from the tokens so far, coarse to fine, as
+                `output_type` says (a tensor where that is `"tokens"`).
+            preview_at: after how many tokens; 1, 2, 4, 8, ... by default.
 
         Raises:
             ValueError: an unknown class, an ambiguous name, a setting outside its range or of the other kind of
-                generator, or a length or previews with a tokenizer of fixed length.
+                generator, a negative class without guidance, tokens or a mask that do not fit, or a length or previews
+                that are not possible.
         """
         check_request(output_type, num_images_per_prompt)
         settings = self._settings(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_tokens=guidance_tokens,
             choice_temperature=choice_temperature,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            typical_p=typical_p,
         )
         classes = self.class_indices(class_labels)
         labels = classes.repeat_interleave(num_images_per_prompt)
-        lengths = self._lengths(num_tokens, len(labels))
-        streams = self._streams(seed, generator, len(classes), num_images_per_prompt)
-        decoder = self._decoder(streams, decode_options)
-        preview = self._preview(preview_callback, preview_at, lengths, decoder, output_type)
-        null = self._later_null(null_class, len(labels))
-        num_steps = (
-            settings.num_inference_steps if isinstance(settings, MaskedSettings) else int(lengths.max())
-        )
-        with self._steps(num_steps, callback_on_step_end, preview) as on_step:
-            if isinstance(settings, MaskedSettings):
-                tokens = self._decide_masked(labels, settings, streams, on_step).keep(lengths)
-            else:
-                tokens = self._draw_next(labels, settings, streams, lengths, null, on_step)
-        return self._output(tokens, decoder, output_type, return_dict)
-
-    def _decide_masked(
-        self, labels: Tensor, settings: MaskedSettings, streams: ImageStreams, on_step: StepCallback
-    ) -> Tokens:
-        assert isinstance(self.transformer, MaskedGenerator)
-        indices = generate_masked(
-            self.transformer,
-            labels,
-            streams=streams,
-            sampling=settings.sampling,
-            guidance=settings.guidance,
-            on_step=on_step,
-        )
-        return self._tokens(indices)
-
-    def _draw_next(
-        self,
-        labels: Tensor,
-        settings: OrderedSettings,
-        streams: ImageStreams,
-        lengths: Tensor,
-        later_null: Tensor | None,
-        on_step: StepCallback,
-    ) -> Tokens:
-        assert isinstance(self.transformer, OrderedGenerator)
-        return generate_ordered(
-            self.transformer,
-            labels,
-            streams=streams,
-            num_tokens=lengths,
-            sampling=settings.sampling,
-            guidance=settings.guidance,
-            later_null_condition=later_null,
-            on_step=on_step,
+        check_negative("negative_class", negative_class, settings)
+        return self._generate(
+            functools.partial(self._conditions, labels, negative_class, null_class),
+            len(classes),
+            settings,
+            num_images_per_prompt=num_images_per_prompt,
+            num_tokens=num_tokens,
+            tokens=tokens,
+            keep=keep,
+            logits_processor=logits_processor,
+            seed=seed,
+            generator=generator,
+            decode_options=decode_options,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            preview_callback=preview_callback,
+            preview_at=preview_at,
         )
 
-    def _later_null(self, null_class: int | None, batch_size: int) -> Tensor | None:
-        if null_class is None:
-            return None
-        if not isinstance(self.transformer, OrderedGenerator):
-            raise ValueError(f"null_class is not a setting of a {type(self.transformer).__name__}")
-        return torch.full((batch_size,), self._class_index(null_class))
+    def _conditions(
+        self, labels: Tensor, negative_class: Label | Sequence[Label] | None, null_class: int | None
+    ) -> Conditions:
+        null = later_null = None
+        if negative_class is not None:
+            null = one_per_image(self.class_indices(negative_class), len(labels), "negative_class")
+        if null_class is not None:
+            if not isinstance(self.transformer, OrderedGenerator):
+                raise ValueError(f"null_class is not a setting of a {type(self.transformer).__name__}")
+            if negative_class is not None:
+                raise ValueError("give negative_class or null_class: both say what guidance leads away from")
+            later_null = torch.full((len(labels),), self._class_index(null_class))
+        return Conditions(labels, null, later_null)
 
     def class_indices(self, class_labels: Label | Sequence[Label]) -> Tensor:
         """`[b]` int64 of one or several classes.
@@ -230,8 +175,8 @@ class ClassToImagePipeline(ImagePipeline):
         return torch.tensor([self._class_index(label) for label in labels])
 
     def _class_index(self, label: Label) -> int:
-        num_classes = self.transformer.num_classes
-        if isinstance(label, str) and not label.strip().isdecimal():
+        num_classes: int = self.transformer.num_classes
+        if isinstance(label, str) and not label.strip().removeprefix("-").isdecimal():
             if num_classes != NUM_CLASSES:
                 raise ValueError(
                     f"class names are those of ImageNet, and this generator has {num_classes} classes of its own; "
@@ -242,15 +187,3 @@ class ClassToImagePipeline(ImagePipeline):
         if not 0 <= index < num_classes:
             raise ValueError(f"class {index} is out of range: this generator knows 0 to {num_classes - 1}")
         return index
-
-    def sampling_settings(self, **given: Any) -> dict[str, Any]:
-        """The settings a call with these arguments samples with: what is `None` comes from the preset.
-
-        Raises:
-            ValueError: one that this kind of generator does not have, or a value outside its range.
-        """
-        return asdict(self._settings(**given))
-
-    def _settings(self, **given: Any) -> Settings:
-        preset = settings_for(self.transformer, {name: self.config[name] for name in ALL_SETTINGS})
-        return override(preset, given, type(self.transformer).__name__)

@@ -47,7 +47,7 @@ class ImageDecoder:
         options = self.options
         if self.seeds is not None:
             options = options | {"generator": [torch.Generator().manual_seed(seed) for seed in self.seeds]}
-        return self.tokenizer.decode(tokens, **options)
+        return self.tokenizer.decode(tokens.to(self.tokenizer.device), **options)
 
 
 class Preview:

@@ -130,9 +130,35 @@ def test_save_and_load_are_bit_exact(model, tmp_path):
     torch.testing.assert_close(loaded(condition, indices), model(condition, indices), atol=1e-6, rtol=0)
 
 
-def test_empty_and_long_prompts_are_refused(model):
+def test_empty_prompts_are_refused(model):
     with pytest.raises(ValueError, match="prompt is empty"):
         model.encode_text(["dog", "  "])
-    with pytest.raises(ValueError, match="has 17 bytes, this model reads at most 16"):
-        model.encode_text(["x" * 17])
-    assert model.encode_text(["é" * 8]).shape == (1, 16)  # 16 bytes just fit
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kept", "said"),
+    [
+        (
+            "a red house by the sea",
+            "a red house by t",
+            "has 22 bytes and this model reads 16.*after '...house by t'",
+        ),
+        ("x" * 17, "x" * 16, "cut after 'x{16}'"),
+        (
+            "abc" + "é" * 8,
+            "abc" + "é" * 6,
+            "has 19 bytes.*after 'abcéééééé'",
+        ),  # not in the middle of a character
+        ("🍎" * 5, "🍎" * 4, "has 20 bytes"),
+    ],
+)
+def test_long_prompts_are_cut_where_the_warning_says(model, prompt, kept, said):
+    with pytest.warns(UserWarning, match=said):
+        row = model.encode_text([prompt])
+    assert row.shape == (1, 16)
+    assert torch.equal(row, model.encode_text([kept]))
+
+
+def test_prompts_that_just_fit_are_read_in_silence(model, recwarn):
+    assert bytes(model.encode_text(["é" * 8])[0].tolist()).decode() == "é" * 8
+    assert not recwarn

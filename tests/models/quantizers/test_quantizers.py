@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -65,3 +67,40 @@ def test_vq_takes_the_nearest_row_the_first_on_ties_and_reports_losses():
 def test_fsq_refuses_levels_it_cannot_round_to():
     with pytest.raises(ValueError, match=">= 2"):
         FSQ([8, 1])
+
+
+def test_vq_rows_start_at_unit_length_where_they_are_normalised():
+    torch.testing.assert_close(VQ(32, 6, use_l2_norm=True).embedding.weight.norm(dim=1), torch.ones(32))
+    assert VQ(32, 6).embedding.weight.abs().max() <= 1 / 32
+
+
+def test_entropy_loss_is_low_where_codes_are_sure_and_all_in_use():
+    quantizer = VQ(8, 8, use_l2_norm=True)
+    quantizer.embedding.weight.data = torch.eye(8)
+    everything, one_code = torch.eye(8)[None], torch.eye(8)[:1].expand(1, 8, 8)
+    unsure = torch.ones(1, 8, 8)  # equally far from all codes
+    assert quantizer.entropy_loss(everything).item() == pytest.approx(-math.log(8), abs=1e-3)
+    assert quantizer.entropy_loss(one_code).item() == pytest.approx(0, abs=1e-3)
+    assert quantizer.entropy_loss(unsure).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_entropy_loss_counts_with_its_weight():
+    plain, weighted = VQ(16, 4, use_l2_norm=True), VQ(16, 4, use_l2_norm=True, entropy_cost=0.5)
+    weighted.load_state_dict(plain.state_dict())
+    latents = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    difference = weighted.quantize(latents).loss - plain.quantize(latents).loss
+    torch.testing.assert_close(difference, 0.5 * plain.entropy_loss(latents))
+
+
+def test_entropy_loss_moves_latents_to_a_code_that_few_use():
+    quantizer = VQ(2, 2, use_l2_norm=True)
+    quantizer.embedding.weight.data = torch.eye(2)
+    noise = 0.05 * torch.randn(1, 100, 2, generator=torch.Generator().manual_seed(0))
+    latents = (torch.tensor([1.0, 0.95]) + noise).requires_grad_()  # most are nearer to the first code
+    before = quantizer.codes_to_indices(latents).float().mean().item()
+    optimizer = torch.optim.Adam([latents], lr=0.01)
+    for _ in range(50):
+        optimizer.zero_grad()
+        quantizer.entropy_loss(latents).backward()
+        optimizer.step()
+    assert quantizer.codes_to_indices(latents).float().mean().item() > before + 0.05

@@ -55,9 +55,9 @@ def test_identity_changes_with_any_weight_and_not_with_precision(tokenizer):
 
 
 def test_every_parameter_gets_a_gradient(tokenizer):
-    reconstruction, indices = tokenizer(images(), torch.tensor([10, 4, 1]))
+    reconstruction, quantized = tokenizer(images(), torch.tensor([10, 4, 1]))
     (reconstruction - images()).square().mean().backward()
-    assert indices.shape == (3, 10)
+    assert quantized.indices.shape == (3, 10)
     without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 from pathlib import Path
@@ -93,10 +94,75 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, kind: str) -> N
     assert target.exists()  # the payload was live
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(1)], {"model": WEIGHTS}, {"step": 3}, {1: torch.zeros(1)}])
-def test_not_a_flat_dictionary(tmp_path: Path, content: object) -> None:
+@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict"])
+def test_training_checkpoints_are_unwrapped(tmp_path: Path, wrapper: str) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    content = {
+        "ema": {key: tensor + 1 for key, tensor in WEIGHTS.items()},
+        wrapper: WEIGHTS,
+        "optimizer": optimizer.state_dict(),
+        "discriminator": {"main.0.weight": torch.ones(2)},
+        "steps": 300,
+        "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), compile=True, data_path=None),
+    }
+    torch.save(content, tmp_path / "last.pt")
+    weights = read_checkpoint(tmp_path / "last.pt")
+    assert weights.keys() == WEIGHTS.keys()
+    assert all(torch.equal(weights[key], tensor) for key, tensor in WEIGHTS.items())
+    # allowed for that one read only
+    with pytest.raises(pickle.UnpicklingError, match="Namespace"):
+        torch.load(tmp_path / "last.pt", weights_only=True)
+
+
+def test_tensors_with_attributes_and_parameters_are_read(tmp_path: Path) -> None:
+    tensor = torch.arange(4.0)
+    tensor.was_sharded = True  # saved through torch's type-v2 helper, as those of the 3B LlamaGen
+    torch.save({"a": tensor, "b": torch.nn.Parameter(torch.ones(2))}, tmp_path / "weights.pt")
+    weights = read_checkpoint(tmp_path / "weights.pt")
+    assert torch.equal(weights["a"], torch.arange(4.0)) and torch.equal(weights["b"], torch.ones(2))
+
+
+@pytest.mark.parametrize("place", ["beside", "args", "inside"])
+def test_code_in_a_wrapped_checkpoint_is_refused_and_not_run(tmp_path: Path, place: str) -> None:
+    path, target = tmp_path / "last.pt", tmp_path / "made-by-the-payload"
+    payload = _Payload(target)
+    content = {
+        "beside": {"model": WEIGHTS, "optimizer": payload},
+        "args": {"model": WEIGHTS, "args": argparse.Namespace(lr=payload)},
+        "inside": {"model": {**WEIGHTS, "b": payload}},
+    }[place]
+    torch.save(content, path)
+    _refused(path, "refused")
+    assert not target.exists()
+    torch.load(path, weights_only=False)
+    assert target.exists()  # the payload was live
+
+
+def test_a_state_dict_may_have_a_tensor_of_a_wrappers_name(tmp_path: Path) -> None:
+    torch.save({**WEIGHTS, "model": torch.zeros(2)}, tmp_path / "weights.pt")
+    assert read_checkpoint(tmp_path / "weights.pt").keys() == {*WEIGHTS, "model"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([torch.zeros(1)], ["holds a list, not a dictionary of tensors"]),
+        ({}, ["holds an empty dictionary"]),
+        ({"step": 3}, ["'step' holds a int"]),
+        ({1: torch.zeros(1)}, ["1 holds a Tensor"]),
+        ({"model": {}, "steps": 3}, ["under 'model' holds an empty dictionary"]),
+        ({"model": 3}, ["under 'model' holds a int"]),
+        ({"model": {"sd": WEIGHTS, "name": "x"}}, ["under 'model'", "'sd' holds a dict"]),
+        ({"model": WEIGHTS, "state_dict": WEIGHTS}, ["each of model, state_dict"]),
+        ({"ema": WEIGHTS}, ["'ema' holds a dict", "model, module, state_dict", "save any other alone"]),
+    ],
+)
+def test_no_or_several_state_dicts(tmp_path: Path, content: object, words: list[str]) -> None:
     torch.save(content, tmp_path / "weights.bin")
-    _refused(tmp_path / "weights.bin", "dictionary of tensors")
+    _refused(tmp_path / "weights.bin", *words)
 
 
 def test_configurations(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from vistok.models import upstream
 from vistok.models.tokenizers import one_d_piece, titok
 from vistok.models.upstream.keys import mismatches
-from vistok.models.upstream.releases import RELEASES, matching_releases
+from vistok.models.upstream.releases import RELEASES, Release, matching_releases, possible_releases
+from vistok.pipelines.settings import MaskedSettings, OrderedSettings
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 MANIFESTS = {
@@ -44,6 +45,27 @@ MANIFESTS = {
     "flextok-vae-c4": "flextok/manifest-flextok_vae_c4",
     "flextok-vae-c8": "flextok/manifest-flextok_vae_c8",
     "flextok-vae-c16": "flextok/manifest-flextok_vae_c16",
+    "llamagen-vq-16": "llamagen/manifest-vq-ds16",
+    "llamagen-vq-16-384": "llamagen/manifest-vq-ds16",
+    "llamagen-vq-8": "llamagen/manifest-vq-ds8",
+    "llamagen-vq-16-t2i-256": "llamagen/manifest-vq-ds16",
+    "llamagen-vq-16-t2i-512": "llamagen/manifest-vq-ds16",
+    "llamagen-b-256": "llamagen/manifest-c2i-B",
+    "llamagen-b-384": "llamagen/manifest-c2i-B",
+    "llamagen-l-256": "llamagen/manifest-c2i-L",
+    "llamagen-l-384": "llamagen/manifest-c2i-L",
+    "llamagen-xl-384": "llamagen/manifest-c2i-XL",
+    "llamagen-xxl-384": "llamagen/manifest-c2i-XXL",
+    "llamagen-3b-384": "llamagen/manifest-c2i-3B",
+    "llamagen-xl-t2i-256": "llamagen/manifest-t2i-XL",
+    "llamagen-xl-t2i-512": "llamagen/manifest-t2i-XL",
+    "nar-b-256": "nar/manifest-c2i-B",
+    "nar-m-256": "nar/manifest-c2i-M",
+    "nar-l-256": "nar/manifest-c2i-L",
+    "nar-xl-256": "nar/manifest-c2i-XL",
+    "nar-xxl-256": "nar/manifest-c2i-XXL",
+    "nar-xl-t2i-256": "nar/manifest-t2i-XL",
+    "nar-xl-t2i-512": "nar/manifest-t2i-XL",
 }
 
 
@@ -92,6 +114,83 @@ def test_generators_name_their_tokenizer_and_settings() -> None:
         vq_model = RELEASES[release.tokenizer].config["model"]["vq_model"]
         assert release.config["image_seq_len"] == vq_model["num_latent_tokens"]
         assert release.config["codebook_size"] == vq_model["codebook_size"]
+
+
+def build(release: Release) -> ModelMixin:
+    with torch.device("meta"):
+        return upstream.build_model(release.system, release.config)
+
+
+PAIRS = [r.name for r in RELEASES.values() if r.tokenizer is not None and r.config is not None]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_generators_fit_the_tokenizer_that_they_name(name: str) -> None:
+    release = RELEASES[name]
+    generator, tokenizer = build(release), build(RELEASES[release.tokenizer])
+    for fact in ("codebook_size", "num_tokens", "layout"):
+        assert getattr(generator, fact) == getattr(tokenizer, fact), fact
+    assert hasattr(generator, "num_classes") != ("t2i" in name)
+    if image_size := [part for part in name.split("-") if part in ("256", "384", "512")]:
+        assert tokenizer.image_size == int(image_size[-1])
+
+
+def test_the_published_settings_of_llamagen_and_nar() -> None:
+    scales = {
+        "llamagen-b-256": 2.0,
+        "llamagen-b-384": 2.0,
+        "llamagen-l-256": 1.75,
+        "llamagen-l-384": 2.0,
+        "llamagen-xl-384": 1.75,
+        "llamagen-xxl-384": 1.75,
+        "llamagen-3b-384": 1.65,
+        "nar-b-256": 2.0,
+        "nar-xxl-256": 2.0,
+        "llamagen-xl-t2i-512": 7.5,
+        "nar-xl-t2i-256": 7.5,
+    }
+    for name, scale in scales.items():
+        settings = upstream.sampling_settings(RELEASES[name].system, RELEASES[name].sampling)
+        top_k = 1000 if "llamagen" in name and "t2i" in name else None
+        assert settings == {
+            "guidance_scale": scale,
+            "guidance_tokens": None,
+            "temperature": 1.0,
+            "top_k": top_k,
+            "top_p": 1.0,
+        }
+
+
+@pytest.mark.parametrize("name", [r.name for r in RELEASES.values() if r.tokenizer is not None])
+def test_published_settings_are_those_of_a_pipeline(name: str) -> None:
+    """None is misspelt or out of range: the settings of its kind of generator take them all."""
+    settings = upstream.sampling_settings(RELEASES[name].system, RELEASES[name].sampling)
+    settings.pop("decode_options", None)
+    kind = MaskedSettings if RELEASES[name].system == "maskgit" else OrderedSettings
+    assert kind(**settings).guidance_scale > 1
+
+
+def test_the_name_of_a_file_tells_what_shapes_do_not() -> None:
+    weights = read_manifest("llamagen-b-384")
+    assert names(matching_releases(weights)) == ["llamagen-b-256", "llamagen-b-384"]
+    assert names(possible_releases(weights, "c2i_B_384.pt")) == ["llamagen-b-384"]
+    assert names(possible_releases(weights, "mine.pt")) == ["llamagen-b-256", "llamagen-b-384"]
+    # the file of the tokenizer is the same for both sizes
+    tokenizer = possible_releases(read_manifest("llamagen-vq-16"), "vq_ds16_c2i.pt")
+    assert names(tokenizer) == ["llamagen-vq-16", "llamagen-vq-16-384"]
+    # and these differ by nothing that loading them needs
+    masked = read_manifest("maskgit-one-d-piece-b-256")
+    assert len(possible_releases(masked, "pytorch_model.bin")) == 1
+    assert possible_releases({"something.else": torch.empty(1)}, "c2i_B_384.pt") == []
+
+
+def test_a_buffer_beside_the_parameters_does_not_hide_a_release() -> None:
+    text = names(matching_releases(read_manifest("nar-xl-t2i-256")))
+    assert text == ["nar-xl-t2i-256", "nar-xl-t2i-512"]
+
+
+def names(releases: list[Release]) -> list[str]:
+    return [release.name for release in releases]
 
 
 def test_weights_alone_tell_the_release() -> None:

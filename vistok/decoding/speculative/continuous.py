@@ -7,25 +7,24 @@ more of, `max(0, p - q / R)`. Both models walk their chains with the same noise 
 alignment"), and the first steps, which have little context, are the target's own ("token pre-filling").
 
 What is promised, and what is not. For tokens that are drawn from the draft's Gaussian and decided one by one, an inner
-temperature of 1 and chains of equal variances (R = 1), this is speculative sampling: accepted and redrawn tokens together
-follow the target exactly. The released procedure, which `generate_speculative` reproduces, is another in four ways:
-the token is the mean of the draft's Gaussian, not a draw from it; the inner temperature T is 42, as if both Gaussians were
-42 times as wide, so that far more is accepted; a rejection does not discard the tokens drafted after it; and rows that find
-no replacement in 100 trials become zero. How far T alone moves a one-dimensional distribution with unit variances (total
-variation between the result and the target, by integration; `distance_to_target`), for means this far apart:
+temperature T of 1 and chains of equal variances (R = 1), this is speculative sampling: accepted and redrawn tokens together
+follow the target exactly. The released procedure, which `generate_speculative` reproduces, is another in four ways: the
+token is the mean of the draft's Gaussian, not a draw from it; T is 42, as if both Gaussians were 42 times as wide, so that
+far more is accepted; a rejection does not discard the tokens drafted after it; and tokens that find no replacement in 100
+trials become zero. How far T alone moves the result, for tokens of one channel drawn from the draft, unit variances and
+R = 1, as total variation from the target (by integration, not a measurement of images):
 
-    distance of the means       0.25    0.5     1       2       4
-    draft alone                 0.099   0.197   0.383   0.683   0.954
-    T = 42                      0.099   0.197   0.382   0.681   0.952
-    T = 1                       0       0       0       0       0
+    distance of the means       0.25    0.5     1       2       4       10
+    the draft's own tokens      0.099   0.197   0.383   0.683   0.954   1.000
+    result at T = 42            0.099   0.197   0.382   0.681   0.950   0.972
+    result at T = 1             0       0       0       0       0       0
 
-That is, at T = 42 the result is the draft's distribution unless the means are tens of standard deviations apart; with the
-0.006 that MAR's last step of 100 has, that is about 0.26 per channel.
+So at T = 42 nothing but the draft comes out unless the means are tens of standard deviations apart. A standard deviation is
+about 0.006 at the last of MAR's 100 denoising steps, where tokens are about 1 wide: that many are a visible difference.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

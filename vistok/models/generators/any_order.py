@@ -21,6 +21,8 @@ from __future__ import annotations
 import copy
 import functools
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -112,7 +114,7 @@ class AnyOrder(Generator):
         return self.head(self.norm(hidden_states))
 
 
-class AnyOrderAR(AnyOrder, OrderedGenerator):
+class AnyOrderAR(AnyOrder, OrderedGenerator):  # type: ignore[misc]  # as for Generator
     """Decides the positions in a fixed order, several at a step where the order has it so.
 
     Args:
@@ -214,8 +216,8 @@ class AnyOrderAR(AnyOrder, OrderedGenerator):
             return order.to(self.device)
         return make_route(order or self.order, self.device).steps
 
-    def new_cache(self, batch_size: int, num_tokens: int | None = None) -> KVCache:
-        return KVCache(
+    def new_cache(self, batch_size: int, num_tokens: int | None = None) -> AnyOrderCache:
+        return AnyOrderCache(
             depth=len(self.blocks),
             batch_size=batch_size,
             num_heads=self.config["num_heads"],
@@ -225,28 +227,29 @@ class AnyOrderAR(AnyOrder, OrderedGenerator):
             device=self.device,
         )
 
-    def prefill(self, condition: Tensor, cache: KVCache) -> Tensor:
+    def prefill(self, condition: Tensor, cache: AnyOrderCache) -> Tensor:
         """Feed the class `[b]`; returns logits `[b k codebook_size]` of the `k` positions of step 0."""
         asked = make_route(self.order, self.device).positions(0, 0)
         return self._advance(self.prefix(condition)[0], asked, cache)
 
-    def step(self, indices: Tensor, cache: KVCache) -> Tensor:
+    def step(self, indices: Tensor, cache: AnyOrderCache) -> Tensor:
         """Feed the tokens of one step, or of several in a row; returns the logits of the steps that follow each.
 
         Raises:
-            ValueError: the tokens are not those of whole steps, or nothing follows them.
+            ValueError: the tokens are not those of whole steps, nothing follows them, or the cache is too short.
         """
         route = make_route(self.order, self.device)
         first, last = route.steps_of(cache.length - 1, indices.shape[1])
         return self._advance(self.token_embed(indices), route.positions(first + 1, last + 1), cache)
 
-    def _advance(self, embedded: Tensor, asked: Tensor, cache: KVCache) -> Tensor:
+    def _advance(self, embedded: Tensor, asked: Tensor, cache: AnyOrderCache) -> Tensor:
         """Feed `embedded [b k d]`, which the cache keeps, and queries, which it forgets.
 
         `asked [q]` are the positions that are asked for; returns their logits `[b q codebook_size]`.
         """
         route = make_route(self.order, self.device)
         start, end = cache.length, cache.length + embedded.shape[1]
+        cache.reserve(end, len(asked))
         ranks = torch.cat([route.ranks[:end], 2 * route.steps[asked]])
         is_query = torch.arange(len(ranks), device=ranks.device) >= end
         queries = self.mask_embed.expand(len(embedded), len(asked), -1)
@@ -260,7 +263,28 @@ class AnyOrderAR(AnyOrder, OrderedGenerator):
         return self.logits(hidden_states[:, end - start :])
 
 
-class AnyOrderMasked(AnyOrder, MaskedGenerator):
+class AnyOrderCache(KVCache):
+    """Also has room for queries, which stay for one forward pass only.
+
+    While steps are fed one at a time, the class, the tokens decided and the next queries are never more than the class
+    and all tokens; several steps at once can need more.
+    """
+
+    def reserve(self, length: int, num_queries: int) -> None:
+        """Make room for `length` positions that stay and some queries after them.
+
+        Raises:
+            ValueError: so many positions were not to stay.
+        """
+        if length > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} positions, {length} were asked for")
+        missing = length + num_queries - self.layers[0].keys.shape[2]
+        if missing > 0:
+            for layer in self.layers:
+                layer.keys, layer.values = (F.pad(x, (0, 0, 0, missing)) for x in (layer.keys, layer.values))
+
+
+class AnyOrderMasked(AnyOrder, MaskedGenerator):  # type: ignore[misc]  # as for Generator
     """Predicts all positions at once from those that are decided; `generate_masked` decides which to keep.
 
     Its parameters are those of an `AnyOrderAR` of the same size, by name and by shape.
@@ -363,36 +387,45 @@ class Route:
 
 
 @functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)  # what is kept here may be used in training later
 def make_route(order: Order, device: torch.device) -> Route:
     """The route of an order; orders are values, so it is made once."""
-    steps, sequence = order.decided_at(), order.sequence()
-    return Route(
-        steps=steps.to(device),
-        sequence=sequence.to(device),
-        places=F.pad(1 + sequence, (1, 0)).to(device),
-        ranks=F.pad(2 * steps[sequence] + 1, (1, 0), value=-1).to(device),
-        ends=tuple(accumulate(steps.bincount().tolist())),
-    )
+    with _plain_tensors():
+        steps, sequence = order.decided_at(), order.sequence()
+        return Route(
+            steps=steps.to(device),
+            sequence=sequence.to(device),
+            places=F.pad(1 + sequence, (1, 0)).to(device),
+            ranks=F.pad(2 * steps[sequence] + 1, (1, 0), value=-1).to(device),
+            ends=tuple(accumulate(steps.bincount().tolist())),
+        )
 
 
 @functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)  # as above
 def rotation_table(layout: Layout, num_tokens: int, head_dim: int, device: torch.device) -> Rotation:
     """Rotary angles `[1+n head_dim/2]` of the class, which is not rotated, and of all positions.
 
     Channels that are left over when the axes have shared them out are not rotated either.
+
+    Raises:
+        ValueError: the layout has another number of positions, or the heads are too narrow for its axes.
     """
-    coordinates = layout.coordinates(num_tokens).to(device)
     shared = head_dim - head_dim % (2 * layout.num_axes)
     if not shared or head_dim % 2:
         raise ValueError(
             f"heads of {head_dim} channels cannot be rotated over the {layout.num_axes} axes of a {layout}: "
             f"an even number from {2 * layout.num_axes} on is needed"
         )
-    cos, sin = axial_rope(coordinates, shared)
     rest = (0, (head_dim - shared) // 2, 1, 0)
-    return F.pad(cos, rest, value=1.0), F.pad(sin, rest)
+    with _plain_tensors():
+        cos, sin = axial_rope(layout.coordinates(num_tokens), shared)
+        return F.pad(cos, rest, value=1.0).to(device), F.pad(sin, rest).to(device)
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """For what is kept and used later, in training too, whatever is going on now."""
+    with torch.device("cpu"), torch.inference_mode(False):
+        yield
 
 
 def _init_weights(module: nn.Module) -> None:

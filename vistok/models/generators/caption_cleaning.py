@@ -9,6 +9,7 @@ leaves behind, such as entities that were escaped twice, the second one takes aw
 from __future__ import annotations
 
 import html
+import importlib
 import re
 import urllib.parse
 import warnings
@@ -112,8 +113,6 @@ def _without_markup(text: str) -> str:
 
 
 def _library(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
