@@ -157,8 +157,7 @@ class ImagePipeline(DiffusionPipeline):
         streams = self._streams(seed, generator, num_prompts, num_images_per_prompt)
         decoder = self._decoder(streams, decode_options)
         preview = self._preview(preview_callback, preview_at, lengths, decoder, output_type)
-        is_whole = preview is None and bool((lengths == self.transformer.num_tokens).all())
-        model = followed_order(self.transformer, given) if is_whole else self.transformer
+        model = followed_order(self.transformer, given)
         drawn_from = conditions()
         with self._steps(num_steps(model, settings, lengths), callback_on_step_end, preview) as on_step:
             drawn = draw(

@@ -77,9 +77,9 @@ class ClassToImagePipeline(ImagePipeline):
             keep[:8] = True
             pipeline(207, tokens=tokens, keep=keep)
 
-        A masked generator sees all tokens that stay. So does one that follows any order, when all images of the call have
-        the same `keep` and all their tokens. Any other sees only those that its order decides before the token it draws:
-        in raster order what is above or to the left, on diagonals what is nearer to the upper left corner.
+        A masked generator sees all tokens that stay. So does one that was trained on random orders; there `keep` must be
+        the same for all images of a call. Any other sees only those that its order decides before the token it draws: in
+        raster order what is above or to the left, on diagonals what is nearer to the upper left corner.
 
         Args:
             class_labels: one or several classes, by index or, for an ImageNet generator, by name or WordNet id.

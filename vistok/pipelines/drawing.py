@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from vistok.decoding.ordered import StepCallback, generate_ordered
 from vistok.decoding.sampling import LogitsProcessor
 from vistok.decoding.streams import UniformSource
 from vistok.models.generators.base import Condition, Generator, MaskedGenerator, OrderedGenerator
-from vistok.order import GivenFirst, RasterOrder
+from vistok.order import GivenFirst, PermutationOrder, RasterOrder
 from vistok.pipelines.settings import MaskedSettings, OrderedSettings, Settings
 from vistok.tokens import Tokens
 
@@ -42,15 +41,21 @@ def num_steps(model: Generator, settings: Settings, lengths: Tensor) -> int:
 
 
 def followed_order(model: Generator, given: Given | None) -> Generator:
-    """`model`, or its like that decides first what is given, if it can follow any order and the mask is one for all.
+    """`model`, or its like that decides first what is given, if it was trained to follow any order.
 
     So all tokens that are drawn see all that are given, whereas in a fixed order they see only those before them.
+
+    Raises:
+        ValueError: the images of the batch keep different tokens, which would need an order each.
     """
-    with_order: Any = getattr(model, "with_order", None)
-    if given is None or with_order is None or not bool((given.keep == given.keep[:1]).all()):
+    if given is None or not isinstance(model, OrderedGenerator) or not isinstance(model.order, PermutationOrder):
         return model
-    positions = given.keep[0].nonzero()[:, 0].tolist()
-    return with_order(GivenFirst(model.num_tokens, model.order, tuple(positions)))
+    if not bool((given.keep == given.keep[:1]).all()):
+        raise ValueError(
+            f"{type(model).__name__} decides first what is given: keep must be the same for all images of a call"
+        )
+    positions = tuple(given.keep[0].nonzero()[:, 0].tolist())
+    return model.with_order(GivenFirst(model.num_tokens, model.order, positions))
 
 
 def draw(

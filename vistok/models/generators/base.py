@@ -37,6 +37,10 @@ class OrderedGenerator(Generator):
         """Which positions are decided at which step; next token unless a family says otherwise."""
         return RasterOrder(self.num_tokens)
 
+    def with_order(self, order: Order) -> OrderedGenerator:
+        """This model in another order; only for those that were trained on random orders."""
+        raise NotImplementedError(f"{type(self).__name__} follows its own order only")
+
     def new_cache(self, batch_size: int, num_tokens: int | None = None) -> KVCache:
         """An empty cache for `batch_size` rows, with room for `num_tokens` of an image, all when `None`."""
         raise NotImplementedError(f"{type(self).__name__} does not define new_cache()")
