@@ -1,12 +1,120 @@
-"""The tokenizer's losses: dropped tails and the perceptual distance."""
+"""Training of tokenizers: which model on which data, dropped tails and the perceptual distance."""
 
 from __future__ import annotations
+
+import dataclasses
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from vistok import VQGAN
+from vistok.data.images import to_pil
+from vistok.training.augment import Augmentation
 from vistok.training.perceptual import PerceptualLoss
+from vistok.training.recipe import Optimization, Recipe, load_recipe
+from vistok.training.run import run
 from vistok.training.tokenizer import draw_lengths
+
+FIXTURES = Path(__file__).parent.parent / "data" / "emoji"
+GRID = {
+    "image_size": 16,
+    "codebook_size": 32,
+    "codebook_dim": 4,
+    "latent_dim": 8,
+    "dim": 32,
+    "dim_mults": [1, 1],
+    "depth": 1,
+}
+FOLDERS = {"train": str(FIXTURES / "train"), "heldout": str(FIXTURES / "heldout"), "source_size": 16}
+
+
+def grid_recipe(task: dict[str, Any] = FOLDERS, **changes: Any) -> Recipe:
+    return Recipe(
+        "tokenizer",
+        changes.pop("model", GRID),
+        {"channels_last": False, **task},
+        model_class="VQGAN",
+        optimization=Optimization(num_steps=3, warmup_steps=1, batch_size=4, autocast=False),
+        augmentation=Augmentation(flip=0.5),
+        log_every=1,
+        **changes,
+    )
+
+
+def write_cifar10(folder: Path, count: int) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    noise = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for split in ("train", "test"):
+        rows = []
+        for picture in to_pil(noise):
+            buffer = BytesIO()
+            picture.save(buffer, "png")
+            rows.append({"bytes": buffer.getvalue(), "path": None})
+        parquet.write_table(pyarrow.table({"image": rows, "label": [0] * count}), folder / f"{split}.parquet")
+
+
+def test_a_grid_tokenizer_trains_and_its_codebook_learns(tmp_path):
+    measured = run(grid_recipe(), tmp_path)
+    model = VQGAN.from_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    assert not torch.allclose(model.codebook, VQGAN(**GRID).codebook, atol=1e-4)
+    assert 0 < measured["heldout_codebook_usage"] <= 1 and measured["heldout_psnr"] > 0
+    assert "batch_codes_used" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_quantizers_loss_is_part_of_the_loss(tmp_path):
+    free, costly = (GRID | {"commitment_cost": cost} for cost in (0.0, 100.0))
+    losses = []
+    for name, model in (("free", free), ("costly", costly)):
+        run(grid_recipe(model=model), tmp_path / name)
+        losses.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[1] > losses[0] + 1
+
+
+def test_cifar10_is_read_in_place_of_folders(tmp_path):
+    write_cifar10(tmp_path, 6)
+    model = GRID | {"image_size": 32}
+    task = {"cifar10": str(tmp_path), "heldout_images": 2}
+    assert run(grid_recipe(task, model=model), tmp_path / "run")["heldout_psnr"] > 0
+    with pytest.raises(ValueError, match="CIFAR-10 has 32x32 pixels, the tokenizer takes 16"):
+        run(grid_recipe(task), tmp_path / "other")
+
+
+@pytest.mark.parametrize("task", [{}, {"train": "x"}, FOLDERS | {"cifar10": "x"}])
+def test_no_data_half_of_it_and_both_kinds_are_refused(tmp_path, task):
+    with pytest.raises(ValueError, match="either train and heldout, or cifar10"):
+        run(grid_recipe(task), tmp_path)
+
+
+def test_a_frozen_encoder_keeps_every_token(tmp_path):
+    run(grid_recipe(), tmp_path / "first")
+    start = {"start_from": str(tmp_path / "first" / "model"), "seed": 1}
+    run(grid_recipe(FOLDERS | {"freeze_encoder": True}, **start), tmp_path / "second")
+    first, second = (
+        VQGAN.from_pretrained(tmp_path / name / "model").state_dict() for name in ("first", "second")
+    )
+    changed = {key.split(".")[0] for key, value in first.items() if not torch.equal(value, second[key])}
+    assert changed == {"decoder"}
+
+
+def test_impossible_trainings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="VQGAN has a fixed length: tail_drop must be 0"):
+        run(grid_recipe(FOLDERS | {"tail_drop": 0.5}), tmp_path)
+    with pytest.raises(ValueError, match="'TextAR' is not a tokenizer that can be trained: ConvTiTok, VQGAN"):
+        run(dataclasses.replace(grid_recipe(), model_class="TextAR"), tmp_path)
+
+
+def test_the_recipe_for_cifar10_builds_a_grid_of_64_tokens():
+    from vistok.cli.train import find_recipe
+
+    recipe = load_recipe(find_recipe("cifar10-tokenizer"))
+    assert VQGAN(**recipe.model).layout.grid == (8, 8) and recipe.model_class == "VQGAN"
 
 
 def draw(tail_drop: float, count: int = 4000) -> torch.Tensor:

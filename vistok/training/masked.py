@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,3 +70,36 @@ def masked_loss(
     correct = (logits.argmax(dim=-1) == indices) & is_masked
     accuracy = correct.sum(dim=-1) / is_masked.sum(dim=-1).clamp_min(1)  # [b]
     return MaskedLoss((loss * weight).sum() / (weight.sum() + 1e-8), accuracy.mean())
+
+
+class MaskedObjective:
+    """Prediction of hidden tokens. `heldout_masked_loss`, over fixed masks, is not a likelihood of the image.
+
+    Without label smoothing, so that sampled tokens come from the model's own distribution.
+
+    Args:
+        mask_token_id: of the model.
+    """
+
+    def __init__(self, mask_token_id: int) -> None:
+        self.mask_token_id = mask_token_id
+
+    def draw(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The masked indices and which were hidden, see `mask_tokens`."""
+        timesteps = torch.rand(len(indices), generator=generator)
+        rand = torch.rand(indices.shape, generator=generator)
+        return mask_tokens(indices, timesteps, rand, self.mask_token_id)
+
+    def loss(
+        self, model: Any, labels: Tensor, indices: Tensor, *drawn: Tensor
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """`masked_loss` of what `draw` hid; logs the accuracy."""
+        seen, is_masked = drawn
+        result = masked_loss(model(seen, labels), indices, is_masked, label_smoothing=0.0)
+        return result.loss, {"accuracy": result.accuracy.detach()}
+
+    def measure(self, model: Any, labels: Tensor, indices: Tensor, *drawn: Tensor) -> dict[str, Tensor]:
+        """Mean cross-entropy of the hidden tokens of each image `[b]`, in nats."""
+        seen, is_masked = drawn
+        loss = F.cross_entropy(model(seen, labels).float().mT, indices, reduction="none")  # [b n]
+        return {"heldout_masked_loss": (loss * is_masked).sum(dim=1) / is_masked.sum(dim=1)}

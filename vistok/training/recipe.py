@@ -35,9 +35,10 @@ class Recipe:
     `task` holds the options of the task's own dataclass, `model` the constructor arguments of the model.
     """
 
-    kind: str  # "tokenizer" or "next-token"
+    kind: str  # "tokenizer", "next-token" or "class-conditional"
     model: dict[str, Any]
     task: dict[str, Any]
+    model_class: str | None = None  # its public name; a tokenizer is a ConvTiTok by default
     optimization: Optimization = field(default_factory=Optimization)
     augmentation: Augmentation = field(default_factory=Augmentation)
     start_from: str | None = None  # folder of a model whose weights training starts with
@@ -69,9 +70,14 @@ def load_recipe(path: Path) -> Recipe:
         raise ValueError(
             f"{path} is not a recipe: expected a mapping of {', '.join(f.name for f in fields(Recipe))}"
         )
-    data["optimization"] = from_mapping(Optimization, data.get("optimization", {}), str(path))
-    data["augmentation"] = from_mapping(Augmentation, data.get("augmentation", {}), str(path))
-    return from_mapping(Recipe, data, str(path))
+    return parse_recipe(data, str(path))
+
+
+def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """A recipe from plain data; unknown and missing keys are errors that name `where`."""
+    parts = {"optimization": Optimization, "augmentation": Augmentation}
+    parsed = {name: from_mapping(kind, data.get(name, {}), where) for name, kind in parts.items()}
+    return from_mapping(Recipe, {**data, **parsed}, where)
 
 
 def from_mapping(kind: type, values: dict[str, Any], where: str) -> Any:

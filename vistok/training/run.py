@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 
 from vistok.training.recipe import Recipe, from_mapping
 from vistok.training.trainer import Task, train
+
+# What `model_class` can name. A tokenizer is the first by default.
+TOKENIZERS = ("ConvTiTok", "VQGAN")
+CLASS_GENERATORS = ("AnyOrderAR", "AnyOrderMasked", "FlexARClass", "LlamaGenClass", "MaskGITBert", "NARClass")
 
 
 def run(recipe: Recipe, folder: Path, *, device: str = "cpu") -> dict[str, float]:
@@ -18,16 +23,15 @@ def run(recipe: Recipe, folder: Path, *, device: str = "cpu") -> dict[str, float
         ValueError: an unknown kind of training, or unknown options.
     """
     torch.manual_seed(recipe.seed)  # initial weights
-    return train(_task(recipe, torch.device(device)), recipe, folder, device=torch.device(device))
+    return train(_task(recipe, torch.device(device), folder), recipe, folder, device=torch.device(device))
 
 
-def _task(recipe: Recipe, device: torch.device) -> Task:
+def _task(recipe: Recipe, device: torch.device, folder: Path) -> Task:
     if recipe.kind == "tokenizer":
-        from vistok.models.tokenizers.conv_titok import ConvTiTok
         from vistok.training.tokenizer import TokenizerOptions, TokenizerTask
 
         options = from_mapping(TokenizerOptions, recipe.task, "task")
-        model = _initial(ConvTiTok, recipe).to(memory_format=torch.channels_last)
+        model = _initial(_tokenizer_class(recipe.model_class), recipe)
         return TokenizerTask(model, options, recipe.augmentation, device)
     if recipe.kind == "next-token":
         from vistok.models.generators.text_ar import TextAR
@@ -35,7 +39,33 @@ def _task(recipe: Recipe, device: torch.device) -> Task:
 
         data = from_mapping(GeneratorOptions, recipe.task, "task")
         return NextTokenTask(_initial(TextAR, recipe), data, recipe.augmentation, device, recipe.seed)
-    raise ValueError(f"unknown kind of training {recipe.kind!r}; known: tokenizer, next-token")
+    if recipe.kind == "class-conditional":
+        from vistok.training.class_generator import ClassGeneratorOptions, ClassGeneratorTask
+
+        source = from_mapping(ClassGeneratorOptions, recipe.task, "task")
+        generator = _initial(_generator_class(recipe.model_class), recipe)
+        return ClassGeneratorTask(generator, source, recipe.augmentation, device, folder)
+    raise ValueError(
+        f"unknown kind of training {recipe.kind!r}; known: tokenizer, next-token, class-conditional"
+    )
+
+
+def _tokenizer_class(name: str | None) -> Any:
+    """The trainable tokenizer of that name."""
+    if name not in (None, *TOKENIZERS):
+        raise ValueError(
+            f"model_class {name!r} is not a tokenizer that can be trained: {', '.join(TOKENIZERS)}"
+        )
+    return getattr(import_module("vistok"), name or TOKENIZERS[0])
+
+
+def _generator_class(name: str | None) -> Any:
+    """The class-conditional generator of that name."""
+    if name not in CLASS_GENERATORS:
+        raise ValueError(
+            f"model_class {name!r} is not a class-conditional generator: {', '.join(CLASS_GENERATORS)}"
+        )
+    return getattr(import_module("vistok"), name)
 
 
 def _initial(model_class: Any, recipe: Recipe) -> Any:

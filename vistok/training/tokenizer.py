@@ -10,18 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vistok.data.cifar10 import load_cifar10
 from vistok.data.images import load_folder
-from vistok.models.tokenizers.conv_titok import ConvTiTok
+from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.training.augment import Augmentation, augment
 from vistok.training.perceptual import PerceptualLoss
 
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """Data and loss of a tokenizer training."""
+    """Data and loss of a tokenizer training. The data is either two folders of pictures or CIFAR-10."""
 
-    train: str  # folder of training images
-    heldout: str  # folder of held-out images
+    train: str | None = None  # folder of training images
+    heldout: str | None = None  # folder of held-out images
+    cifar10: str | None = None  # folder of CIFAR-10 (vistok.data.cifar10); its test images are held out
+    heldout_images: int | None = None  # measure on the first so many held-out images; on all by default
     source_size: int = 128  # images are kept at this size and augmented before they are reduced
     mse: float = 1.0
     l1: float = 0.2
@@ -29,21 +32,37 @@ class TokenizerOptions:
     perceptual_images: int = 8  # of a batch: the perceptual network costs as much as the tokenizer
     tail_drop: float = 0.0  # share of images that lose their last tokens (One-D-Piece, FlexTok)
     freeze_encoder: bool = False  # train the decoder alone: every image keeps its tokens
+    channels_last: bool = True  # memory layout of images and weights; model and device decide which is faster
 
 
 class TokenizerTask:
-    """Reconstruction of augmented images; measured on the held-out ones without augmentation."""
+    """Reconstruction of augmented images; measured on the held-out ones without augmentation.
+
+    The model has an `encoder` and a `quantizer`, and its `forward(images)`, of a variable-length tokenizer
+    `forward(images, lengths)`, gives reconstructions and a `QuantizerOutput`.
+
+    Raises:
+        ValueError: `options` name no data, or both kinds, or ask a tokenizer of fixed length to drop tails.
+    """
 
     def __init__(
-        self, model: ConvTiTok, options: TokenizerOptions, augmentation: Augmentation, device: torch.device
+        self,
+        model: ImageTokenizer,
+        options: TokenizerOptions,
+        augmentation: Augmentation,
+        device: torch.device,
     ) -> None:
-        self.model: Any = model
+        if options.tail_drop and not model.variable_length:
+            raise ValueError(f"{type(model).__name__} has a fixed length: tail_drop must be 0")
+        self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self.model: Any = model.to(memory_format=self.memory_format)
         self.options = options
         self.augmentation = augmentation
         self.device = device
-        self.images = load_folder(Path(options.train), options.source_size)  # [n 3 s s] uint8
-        self.heldout = load_folder(Path(options.heldout), model.image_size)
-        model.encoder.requires_grad_(not options.freeze_encoder)
+        self.images, heldout = _load(options, model.image_size)
+        self.heldout = heldout[: options.heldout_images]
+        for part in (self.model.encoder, self.model.quantizer):
+            part.requires_grad_(not options.freeze_encoder)
         self.perceptual = PerceptualLoss().to(device) if options.perceptual else None
 
     def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -52,16 +71,21 @@ class TokenizerTask:
         images = self.images[chosen].float() / 127.5 - 1
         images = augment(images, self.augmentation, self.model.image_size, generator)
         lengths = draw_lengths(batch_size, self.model.num_tokens, self.options.tail_drop, generator)
-        return images.to(self.device, memory_format=torch.channels_last), lengths.to(self.device)
+        return images.to(self.device, memory_format=self.memory_format), lengths.to(self.device)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Weighted squared, absolute and perceptual error; logs the PSNR and the distinct codes of the batch."""
+        """Weighted squared, absolute and perceptual error and the quantizer's own loss.
+
+        Logs the PSNR and the distinct codes of the batch.
+        """
         images, lengths = batch
-        reconstruction, indices = self.model(images, lengths)
+        arguments = (images, lengths) if self.model.variable_length else (images,)
+        reconstruction, quantized = self.model(*arguments)
         reconstruction = reconstruction.float()
         mse = F.mse_loss(reconstruction, images)
         loss = self.options.mse * mse + self.options.l1 * F.l1_loss(reconstruction, images)
-        used = len(indices.unique()) / min(indices.numel(), self.model.quantizer.codebook_size)
+        loss = loss + quantized.loss
+        used = len(quantized.indices.unique()) / min(quantized.indices.numel(), self.model.codebook_size)
         logs: dict[str, float | Tensor] = {"psnr": psnr_from_mse(mse.detach()), "batch_codes_used": used}
         if self.perceptual is not None:
             few = slice(self.options.perceptual_images)
@@ -85,6 +109,19 @@ class TokenizerTask:
             "heldout_psnr": torch.cat(psnr).mean().item(),
             "heldout_codebook_usage": used.float().mean().item(),
         }
+
+
+def _load(options: TokenizerOptions, image_size: int) -> tuple[Tensor, Tensor]:
+    """Training images uint8 `[n 3 s s]`, s as the options say, and held-out ones `[m 3 image_size image_size]`."""
+    if options.cifar10 is not None and options.train is None and options.heldout is None:
+        images, heldout = (load_cifar10(options.cifar10, split)[0] for split in ("train", "test"))
+        if image_size != heldout.shape[-1]:
+            raise ValueError(f"CIFAR-10 has 32x32 pixels, the tokenizer takes {image_size}")
+        return images, heldout
+    if options.cifar10 is None and options.train is not None and options.heldout is not None:
+        train = load_folder(Path(options.train), options.source_size)
+        return train, load_folder(Path(options.heldout), image_size)
+    raise ValueError("name the data of a tokenizer training: either train and heldout, or cifar10")
 
 
 def draw_lengths(batch_size: int, num_tokens: int, tail_drop: float, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,39 @@
+"""A CIFAR-10 of a few images, and a tokenizer for its 32 pixels with a grid of 4 x 4 tokens."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+import vistok
+
+NUM_TOKENS, CODEBOOK_SIZE = 16, 8
+
+
+def save_tiny_cifar10(folder: Path, num_train: int = 40, num_test: int = 20) -> Path:
+    """Tables of noisy images whose brightness tells their class, each class in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for split, count in (("train", num_train), ("test", num_test)):
+        images, labels = [], [i % 10 for i in range(count)]
+        for label in labels:
+            pixels = 25 * label + random.integers(0, 25, (32, 32, 3))
+            file = BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(file, "png")
+            images.append({"bytes": file.getvalue(), "path": None})
+        parquet.write_table(pa.table({"image": images, "label": labels}), folder / f"{split}.parquet")
+    return folder
+
+
+def save_tiny_tokenizer(folder: Path) -> Path:
+    """A VQGAN with random weights."""
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "dim_mults": (1, 1, 1, 1), "depth": 1, "latent_dim": 8, "codebook_dim": 4}
+    vistok.VQGAN(image_size=32, codebook_size=CODEBOOK_SIZE, **sizes).save_pretrained(folder)
+    return folder
