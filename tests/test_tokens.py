@@ -1,5 +1,9 @@
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vistok.tokens import Layout, Tokens, concatenate
 
@@ -103,9 +107,63 @@ def test_the_parts_of_a_batch_join_to_the_batch():
     assert joined.is_token.tolist() == [[True] * 4, [True, False, False, False], [True, True, False, False]]
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout((4, 4)), Layout((2, 3, 5))])
+sizes = st.integers(1, 5)
+layouts = st.one_of(
+    st.just(Layout()),
+    st.lists(sizes, min_size=2, max_size=3).map(lambda grid: Layout(tuple(grid))),
+    st.lists(st.tuples(sizes, sizes), min_size=2, max_size=4).map(
+        lambda scales: Layout(scales=tuple(scales))
+    ),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts)
 def test_layout_text_round_trip(layout):
     assert Layout.parse(str(layout)) == layout
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts)
+def test_every_token_lies_somewhere_else_inside_its_layout(layout):
+    num_tokens = 7
+    if layout.grid is not None:
+        num_tokens = math.prod(layout.grid)
+    elif layout.scales is not None:
+        num_tokens = sum(h * w for h, w in layout.scales)
+    places = layout.coordinates(num_tokens)
+    assert places.shape == (num_tokens, layout.num_axes)
+    assert len(places.unique(dim=0)) == num_tokens
+    extent = layout.grid or (num_tokens,)
+    if layout.scales is not None:
+        extent = (len(layout.scales), *layout.scales[-1])
+    # a token of a scale finer than the last reaches beyond the last one's outermost centres, not beyond its edges
+    assert (places > -0.5).all() and (places < torch.tensor(extent) - 0.5).all()
+    with pytest.raises(ValueError, match=f"has {num_tokens} positions, not {num_tokens + 1}"):
+        Layout(layout.grid or (num_tokens,)).coordinates(num_tokens + 1)
+
+
+def test_coordinates_are_row_major_and_a_pyramid_counts_in_units_of_its_finest_grid():
+    assert Layout().coordinates(3).tolist() == [[0], [1], [2]]
+    assert Layout((2, 2)).coordinates(4).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert Layout((2, 1, 2)).coordinates(4).tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
+    pyramid = Layout(scales=((1, 1), (2, 2), (4, 4))).coordinates(21)
+    assert pyramid[:5].tolist() == [[0, 1.5, 1.5], [1, 0.5, 0.5], [1, 0.5, 2.5], [1, 2.5, 0.5], [1, 2.5, 2.5]]
+    assert torch.equal(pyramid[5:, 1:], Layout((4, 4)).coordinates(16).float())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grid": (4, 4), "scales": ((1, 1),)}, "not both"),
+        ({"grid": (4, 0)}, "at least 1"),
+        ({"grid": ()}, "at least 1"),
+        ({"scales": ((1, 1), (0, 2))}, "at least 1"),
+    ],
+)
+def test_bad_layouts_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Layout(**arguments)
 
 
 @pytest.mark.parametrize(

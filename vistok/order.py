@@ -238,8 +238,8 @@ def make_order(name: str, num_tokens: int, layout: Layout) -> Order:
         ValueError: an unknown name, or an order that does not fit the layout.
     """
     kind, _, argument = name.partition("-")
-    needs_number = kind in ("cells", "interleaved", "blocks", "random")
-    if argument.isdecimal() != needs_number or (argument and not needs_number):
+    is_numbered = kind in ("cells", "interleaved", "blocks", "random") and argument.isdecimal()
+    if not is_numbered and name not in ("raster", "diagonal", "scales"):
         raise ValueError(
             f"unknown order {name!r}; known: raster, diagonal, cells-K, interleaved-K, scales, blocks-K, random-SEED"
         )
