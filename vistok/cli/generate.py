@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vistok.pipelines.decoder import PreviewCallback
 
 COLUMNS, MOST_COLUMNS = 6, 8
-OPTIONS = {"num_inference_steps": "--num-steps"}  # settings whose option is called otherwise
 
 
 def generate(
@@ -78,6 +77,16 @@ def generate(
     num_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of a masked generator. [default: the model's]")
     ] = None,
+    num_inference_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Denoising steps of a continuous generator in each step. [default: the model's]"
+        ),
+    ] = None,
+    num_final_inference_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Anneal them: so many in the last step. [default: the model's]"),
+    ] = None,
     choice_temperature: Annotated[
         float | None, typer.Option(help="Noise of a masked generator; 0 is greedy. [default: the model's]")
     ] = None,
@@ -108,7 +117,9 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         typical_p=typical_p,
-        num_inference_steps=num_steps,
+        num_steps=num_steps,
+        num_inference_steps=num_inference_steps,
+        num_final_inference_steps=num_final_inference_steps,
         choice_temperature=choice_temperature,
     )
     seeds = [seed + j for j in range(num_images)] * len(prompts)
@@ -162,20 +173,25 @@ def previews_in(folder: Path, labels: list[str], columns: int) -> PreviewCallbac
 
 
 def sampling_settings(pipeline: ImagePipeline, **given: Any) -> dict[str, Any]:
-    """Those settings that are not `None`.
+    """Those settings that are not `None`; a masked generator of codes calls `num_steps` its `num_inference_steps`.
 
     Raises:
         ValueError: one that this kind of pipeline does not have.
     """
-    chosen = {name: value for name, value in given.items() if value is not None}
+    from vistok.models.generators.base import MaskedGenerator
+
     known = pipeline.sampling_settings()
+    names = {name: name for name in known}
+    if isinstance(pipeline.transformer, MaskedGenerator):
+        names["num_steps"] = names.pop("num_inference_steps")
+    chosen = {name: value for name, value in given.items() if value is not None}
     for name in chosen:
-        if name not in known:
-            option = OPTIONS.get(name, f"--{name.replace('_', '-')}")
+        if name not in names:
             raise ValueError(
-                f"{option} is not a setting of a {type(pipeline.transformer).__name__}; it has {', '.join(known)}"
+                f"--{name.replace('_', '-')} is not a setting of a {type(pipeline.transformer).__name__}; "
+                f"it has {', '.join(known)}"
             )
-    return chosen
+    return {names[name]: value for name, value in chosen.items()}
 
 
 def _columns(num_images: int) -> int:

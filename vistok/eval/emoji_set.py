@@ -29,9 +29,15 @@ class RealSet:
     by_name: dict[str, int]  # index of the emoji that stands for a name
 
     @classmethod
-    def read(cls, folder: Path, image_size: int, extractor: FeatureExtractor) -> RealSet:
-        """Read the set in `folder` at `image_size` and extract its features."""
-        emoji = read_index(folder)
+    def read(
+        cls,
+        folder: Path,
+        image_size: int,
+        extractor: FeatureExtractor,
+        emoji: Sequence[Emoji] | None = None,
+    ) -> RealSet:
+        """Read the set in `folder`, or some of its `emoji`, at `image_size` and extract its features."""
+        emoji = read_index(folder) if emoji is None else list(emoji)
         images = read_images(folder, emoji, image_size)
         features = extract_features(images.split(BATCH_SIZE), extractor, name="real, one per name")
         return cls(emoji=emoji, images=images, features=features, by_name=first_by_name(emoji))

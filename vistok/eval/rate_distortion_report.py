@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vistok.eval.markdown import table
 from vistok.eval.rate_distortion import Point, RateDistortion
 
 PANEL_SIZE = (5.2, 4.2)  # inches
@@ -98,9 +99,11 @@ def _page(result: RateDistortion, picture: str) -> str:
         "",
         f"![Bytes per pixel against quality]({picture})",
         "",
-        _table_row([*header, *result.distances]),
-        _table_row(["---"] * 2 + ["---:"] * (len(header) - 2 + len(result.distances))),
-        *(_table_row(_cells(point, list(result.distances))) for point in result.points),
+        *table(
+            [*header, *result.distances],
+            (_cells(point, list(result.distances)) for point in result.points),
+            num_labels=2,
+        ),
         "",
         f"- Images: {result.num_images} of {width}x{height} pixels from {result.source}; means over images, "
         f"rounded to {result.rounding}.",
@@ -127,7 +130,3 @@ def _cells(point: Point, distances: list[str]) -> list[str]:
         f"{point.ssim:.4f}",
         *(f"{point.distances[name]:.4f}" for name in distances),
     ]
-
-
-def _table_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

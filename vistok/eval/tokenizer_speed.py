@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.eval.machine import describe_machine
+from vistok.eval.markdown import table
 from vistok.eval.peak_memory import MIB, peak_memory
 from vistok.eval.plain_tokenizers import FLEXTOK_GUIDANCE, FLEXTOK_STEPS, plain_decode, plain_encode
+from vistok.eval.random_weights import randomize
+from vistok.eval.timing import median_seconds
 from vistok.files import atomic_path
 from vistok.models.tokenizers import flextok, one_d_piece, titok
 from vistok.models.tokenizers.base import ImageTokenizer
@@ -37,7 +38,6 @@ FAMILIES = (
     "flextok-d12-d12-in1k",
 )
 SHORT = 32  # tokens of a short prefix
-INIT_STD = 0.02
 LEAST_EQUAL_TOKENS = 0.99  # sums in another order move a few latents over the border between two codes
 LARGEST_DIFFERENCE = 1e-2  # of images in [-1, 1], after all steps of a decoder
 
@@ -94,15 +94,6 @@ def build_tokenizer(family: str) -> ImageTokenizer:
     return randomize(tokenizer_class(**arguments, **scaling)).eval()
 
 
-@torch.no_grad()
-def randomize(tokenizer: ImageTokenizer) -> ImageTokenizer:
-    """Give weights that are all zero random values; biases and norms stay."""
-    for module in tokenizer.modules():
-        if isinstance(module, nn.Linear) and not module.weight.any():
-            module.weight.normal_(std=INIT_STD)
-    return tokenizer
-
-
 @torch.inference_mode()
 def measure(
     family: str, tokenizer: ImageTokenizer, *, batch_size: int, repeats: int, num_steps: int = FLEXTOK_STEPS
@@ -126,7 +117,8 @@ def measure(
         ours_mib, plain_mib = (
             peak_memory(call, tokenizer.device) for call in (operation.ours, operation.plain)
         )
-        seconds, plain_seconds = _seconds((operation.ours, operation.plain), repeats, tokenizer.device)
+        calls = (operation.ours, operation.plain)
+        seconds, plain_seconds = median_seconds(calls, repeats, tokenizer.device)
         yield Measurement(
             family,
             operation.name,
@@ -186,24 +178,6 @@ def _checked_difference(family: str, operation: Operation) -> float:
     return difference
 
 
-def _seconds(calls: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
-    """Median seconds of each call, run in turns; the calls have been run before."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, of_call in zip(calls, times, strict=True):
-            _synchronize(device)
-            started = time.perf_counter()
-            call()
-            _synchronize(device)
-            of_call.append(time.perf_counter() - started)
-    return [statistics.median(of_call) for of_call in times]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def write_report(result: SpeedReport, folder: Path) -> None:
     """Write `tokenizer-speed.json` and `report.md` into an existing folder."""
     with atomic_path(folder / "tokenizer-speed.json") as file:
@@ -226,9 +200,7 @@ def _page(result: SpeedReport) -> str:
     lines = [
         "# Time and memory of the tokenizers",
         "",
-        _row(header),
-        _row(["---"] * 2 + ["---:"] * (len(header) - 2)),
-        *(_row(_cells(measurement)) for measurement in result.measurements),
+        *table(header, map(_cells, result.measurements), num_labels=2),
         "",
         "- Full sizes of the releases, random weights: "
         + ", ".join(
@@ -259,10 +231,6 @@ def _cells(m: Measurement) -> list[str]:
         *peaks,
         f"{m.difference:.1e}",
     ]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import vistok
+from tests.cifar10 import CODEBOOK_SIZE, NUM_TOKENS, save_tiny_cifar10, save_tiny_tokenizer
+from vistok.eval import generator_comparison
+from vistok.eval.comparison_recipe import load_comparison, own_comparisons
+from vistok.eval.generator_comparison import main
+from vistok.eval.generator_measures import Sampling, draw_tokens, picture_sheet
+from vistok.models.generators.base import MaskedGenerator
+
+MODEL = {
+    "codebook_size": CODEBOOK_SIZE,
+    "num_tokens": NUM_TOKENS,
+    "num_classes": 10,
+    "dim": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "mlp_dim": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("comparison")
+
+
+@pytest.fixture(scope="module")
+def content(folder) -> dict:
+    """A comparison of two generators, one of them sampled in two ways."""
+    task = {
+        "tokenizer": str(save_tiny_tokenizer(folder / "tokenizer")),
+        "cifar10": str(save_tiny_cifar10(folder / "cifar10")),
+        "heldout_images": 5,
+    }
+    optimization = {"num_steps": 50, "warmup_steps": 10, "batch_size": 8}
+    return {
+        "common": {"kind": "class-conditional", "model": MODEL, "task": task, "optimization": optimization},
+        "generators": {
+            "diagonal": {"model_class": "AnyOrderAR", "model": {"layout": "4x4", "order": "diagonal"}},
+            "masked": {
+                "model_class": "AnyOrderMasked",
+                "model": {"layout": "4x4"},
+                "sampling": [{"num_steps": 2}, {"num_steps": 3, "choice_temperature": 1.0}],
+            },
+        },
+        "evaluation": {
+            "guidance_scales": [1.0, 2.0],
+            "repeats": 1,
+            "timed_batches": [1, 3],
+            "seeds_per_class": 2,
+        },
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes a comparison recipe and returns its path."""
+
+    def write(content: dict):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def test_all_generators_are_trained_measured_and_reported_once(
+    content, write, folder, extractor, monkeypatch, capsys
+):
+    monkeypatch.setattr(generator_comparison, "load_extractor", lambda name: extractor)
+    output = folder / "output"
+    command = [str(write(content)), "-o", str(output), "--budget-steps", "2", "--num-samples", "12"]
+    main(command)
+    report = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["sampling"], row["num_steps"], row["order"]) for row in report["rows"]] == [
+        ("diagonal", "", 7, "diagonal"),
+        ("masked", "steps 2", 2, "the surest first"),
+        ("masked", "steps 3, choice temperature 1", 3, "the surest first"),
+    ]
+    for row in report["rows"]:
+        assert [point["guidance_scale"] for point in row["points"]] == [1.0, 2.0]
+        assert all(point["frechet_distance"] >= 0 for point in row["points"])
+        assert set(row["seconds"]) == {"1", "3"} and min(row["seconds"].values()) > 0
+    assert report["num_training_images"] == 16
+    assert report["originals"]["num_fake"] == 12 and report["originals"]["num_real"] == 12
+    assert report["reconstructions"]["fid"] > report["originals"]["fid"]
+    page = (output / "report.md").read_text()
+    assert "mean-colour" in page and "which is no likelihood" in page and str(folder) not in page
+    with Image.open(output / "samples-masked-steps-2.png") as sheet:
+        assert sheet.size == (2 * (2 * 33 + 1), 2 * (10 * 33 + 1))
+
+    def fail(*arguments):
+        raise AssertionError("what is done must not be done again")
+
+    for name in ("run", "measure_quality"):
+        monkeypatch.setattr(generator_comparison, name, fail)
+    main(command)
+    assert json.loads(capsys.readouterr().out)["rows"][0]["points"] == report["rows"][0]["points"]
+    with pytest.raises(AssertionError, match="must not be done again"):
+        main([*command[:-1], "11"])
+
+
+def test_one_generator_alone_writes_no_report(content, write, folder, extractor, monkeypatch, capsys):
+    monkeypatch.setattr(generator_comparison, "load_extractor", lambda name: extractor)
+    output = folder / "alone"
+    options = ["--budget-steps", "1", "--num-samples", "10", "--only", "masked"]
+    main([str(write(content)), "-o", str(output), *options])
+    assert (output / "masked" / "measured.json").exists()
+    assert not (output / "diagonal").exists() and not (output / "report.md").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_jobs_are_processes_with_the_same_arguments(monkeypatch):
+    commands = []
+
+    def remember(command, **options):
+        commands.append(command[2:])
+        return type("Done", (), {"returncode": int("bad" in command)})()
+
+    monkeypatch.setattr(generator_comparison.subprocess, "run", remember)
+    generator_comparison.work_in_processes(["r.yaml", "-o", "x"], ["a", "b"], jobs=2)
+    module = "vistok.eval.generator_comparison"
+    assert sorted(commands) == [[module, "r.yaml", "-o", "x", "--only", name] for name in "ab"]
+    with pytest.raises(RuntimeError, match="bad failed"):
+        generator_comparison.work_in_processes(["r.yaml"], ["a", "bad"], jobs=1)
+
+
+def test_the_budget_is_cut_and_the_warm_up_with_it(content, write, tmp_path):
+    (first, second) = load_comparison(write(content), tmp_path, budget_steps=5).contestants
+    for contestant in (first, second):
+        optimization = contestant.recipe.optimization
+        assert (optimization.num_steps, optimization.warmup_steps, optimization.batch_size) == (5, 5, 8)
+        assert contestant.recipe.task["tokens"] == str(tmp_path)
+    assert first.recipe.model == {**MODEL, "layout": "4x4", "order": "diagonal"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"generators": {}}, "is not a comparison"),
+        ({"evaluation": {"samples": 3}}, "unknown key 'samples'; did you mean"),
+        ({"evaluation": {"timed_guidance": 1.0}}, "timed_guidance must be above 1"),
+        ({"generators": {"a": {"kind": "tokenizer"}}}, "a comparison is of class-conditional trainings"),
+        ({"generators": {"a": {"sampling": [{"steps": 3}]}}}, "unknown key 'steps'"),
+        (
+            {"generators": {"a": {}, "b": {"optimization": {"num_steps": 9}}}},
+            "b has a num_steps of its own; all see the same images",
+        ),
+        ({"generators": {"a": {}, "b": {"task": {"cifar10": "x"}}}}, "b has a cifar10 of its own"),
+    ],
+)
+def test_bad_comparisons_are_refused(content, write, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_comparison(write({**content, **change}), tmp_path)
+
+
+def test_unknown_names_are_refused(content, write, tmp_path):
+    with pytest.raises(FileNotFoundError, match="the package's own are cifar10-generators"):
+        load_comparison(tmp_path / "missing.yaml", tmp_path)
+    with pytest.raises(ValueError, match="no generator 'c' in this comparison; it has diagonal, masked"):
+        load_comparison(write(content), tmp_path).chosen("c")
+
+
+def test_the_packages_comparison_is_fair(tmp_path):
+    """Its generators are of one size, and each can be built."""
+    comparison = load_comparison(own_comparisons()["cifar10-generators"], tmp_path)
+    sizes = {}
+    for contestant in comparison.contestants:
+        model = getattr(vistok, contestant.recipe.model_class)(**contestant.recipe.model)
+        sizes[contestant.name] = sum(parameter.numel() for parameter in model.parameters())
+        assert all(sampling.steps(model) >= 1 for sampling in contestant.samplings)
+        assert not isinstance(model, MaskedGenerator) or all(s.num_steps for s in contestant.samplings)
+    assert max(sizes.values()) < 1.1 * min(sizes.values())
+
+
+def test_samples_depend_on_seed_and_class_alone(folder):
+    torch.manual_seed(0)
+    model = vistok.AnyOrderAR(**MODEL, layout="4x4", order="cells-2").eval()
+    tokenizer = vistok.load(folder / "tokenizer")
+    sheet = picture_sheet(model, tokenizer, sampling=Sampling(), guidance_scale=1.5, seeds_per_class=2)
+    assert sheet.shape == (20, 3, 32, 32) and sheet.dtype == torch.uint8
+    alone = draw_tokens(model, torch.tensor([3]), [1], Sampling(), 1.5)
+    again = picture_sheet(model, tokenizer, sampling=Sampling(), guidance_scale=1.5, seeds_per_class=3)
+    decoded = generator_comparison.decode(tokenizer, alone.data)[0].int()
+    assert (sheet[3 * 2 + 1].int() - decoded).abs().max() <= 1 and (
+        again[3 * 3 + 1].int() - decoded
+    ).abs().max() <= 1

@@ -1,0 +1,284 @@
+"""Generators compared with equal work: `python -m vistok.eval.generator_comparison cifar10-generators -o FOLDER`.
+
+One recipe names a tokenizer, the common sizes and budget, and what distinguishes each generator. All see the same number
+of training images in the same batches. Every generator is trained in `FOLDER/NAME`, or continued where it stopped, and
+measured; what is done is not done again. Writes `generators.json`, `report.md`, a plot and a picture per generator.
+`--jobs N` works on N generators at once, each in a process of its own; times are measured at the end, one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import vistok
+from vistok.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, load_cifar10
+from vistok.eval.comparison_recipe import Comparison, Contestant, load_comparison, own_comparisons
+from vistok.eval.features import FeatureExtractor, load_extractor
+from vistok.eval.fid import FeatureSet, FidResult, compare_features, extract_features
+from vistok.eval.generator_comparison_report import Report, write_report
+from vistok.eval.generator_measures import (
+    Point,
+    Row,
+    balanced_labels,
+    decode,
+    measure_quality,
+    picture_sheet,
+    seconds_per_image,
+)
+from vistok.eval.machine import describe_machine
+from vistok.eval.rate_distortion_report import check_plotting
+from vistok.files import atomic_path
+from vistok.hub import load, load_tokenizer
+from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.training.labelled_tokens import load_or_tokenize
+from vistok.training.recipe import Recipe
+from vistok.training.run import run
+
+BATCH_SIZE = 64
+
+logger = logging.getLogger(__name__)
+
+
+class Reference:
+    """The real images, their features, and the tokenizer; features are kept in `folder`."""
+
+    def __init__(self, comparison: Comparison, folder: Path) -> None:
+        task = comparison.recipe.task
+        self.options = comparison.evaluation
+        self.tokenizer: ImageTokenizer = load_tokenizer(task["tokenizer"])
+        self.train, _ = load_or_tokenize(self.tokenizer, task["cifar10"], folder)
+        self.cifar10 = task["cifar10"]
+        self.extractor: FeatureExtractor = load_extractor(self.options.extractor)
+        self.folder = folder
+
+    def real(self) -> FeatureSet:
+        """The test images' features."""
+        count = self.options.num_reference
+        path = self.folder / f"reference-{self.options.extractor}-{count}.safetensors"
+        name = f"the first {count} test images of CIFAR-10"
+        if path.is_file():
+            return FeatureSet(name, load_file(path)["features"], (IMAGE_SIZE, IMAGE_SIZE))
+        images = load_cifar10(self.cifar10, "test")[0][:count]
+        features = extract_features(images.split(BATCH_SIZE), self.extractor, name=name)
+        with atomic_path(path) as partial:
+            save_file({"features": features.features}, partial)
+        return features
+
+    def floors(self) -> tuple[FidResult, FidResult]:
+        """Distances of `num_samples` training images, decoded from their tokens and as they are."""
+        chosen = self._balanced_rows()
+        images = load_cifar10(self.cifar10, "train")[0][chosen]
+        decoded = (decode(self.tokenizer, few) for few in self.train.plain[chosen].split(BATCH_SIZE))
+        sources = {"reconstructed training images": decoded, "training images": images.split(BATCH_SIZE)}
+        reconstructions, originals = (
+            compare_features(
+                self.real(), extract_features(source, self.extractor, name=name), extractor=self.extractor
+            )
+            for name, source in sources.items()
+        )
+        return reconstructions, originals
+
+    def _balanced_rows(self) -> Tensor:
+        """The first training images of every class, as many as samples are drawn."""
+        wanted = balanced_labels(self.options.num_samples, len(CLASS_NAMES)).bincount(
+            minlength=len(CLASS_NAMES)
+        )
+        rows = [
+            (self.train.labels == label).nonzero()[:count, 0] for label, count in enumerate(wanted.tolist())
+        ]
+        return torch.cat(rows)
+
+
+def work_on(contestant: Contestant, comparison: Comparison, folder: Path) -> None:
+    """Train a generator in `folder/name` and measure its quality there, unless that is done."""
+    own = folder / contestant.name
+    if _measured(contestant, comparison, folder) is not None:
+        return
+    losses = run(contestant.recipe, own)
+    reference = Reference(comparison, folder)
+    model = load(own / "model")
+    options = comparison.evaluation
+    points = [
+        measure_quality(
+            model,
+            reference.tokenizer,
+            reference.real(),
+            extractor=reference.extractor,
+            sampling=sampling,
+            guidance_scales=options.guidance_scales,
+            num_samples=options.num_samples,
+        )
+        for sampling in contestant.samplings
+    ]
+    found = {"losses": losses, "points": [[asdict(point) for point in few] for few in points]}
+    with atomic_path(own / "measured.json") as partial:
+        partial.write_text(json.dumps({"of": _key(contestant, comparison), **found}, indent=2) + "\n")
+
+
+def _key(contestant: Contestant, comparison: Comparison) -> Any:
+    """What the measurements of a generator depend on, as plain data."""
+    options = comparison.evaluation
+    quality = [options.num_samples, options.num_reference, options.extractor, options.guidance_scales]
+    samplings = [asdict(sampling) for sampling in contestant.samplings]
+    return json.loads(json.dumps([contestant.recipe.to_dict(), samplings, quality]))
+
+
+def _measured(contestant: Contestant, comparison: Comparison, folder: Path) -> dict[str, Any] | None:
+    path = folder / contestant.name / "measured.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("of") == _key(contestant, comparison) else None
+
+
+def make_rows(
+    contestant: Contestant, comparison: Comparison, folder: Path, tokenizer: ImageTokenizer
+) -> list[Row]:
+    """The results of a generator that was worked on; measures the times."""
+    found = _measured(contestant, comparison, folder)
+    assert found is not None
+    model, options = load(folder / contestant.name / "model"), comparison.evaluation
+    rows = []
+    for sampling, points in zip(contestant.samplings, found["points"], strict=True):
+        seconds = {
+            batch_size: seconds_per_image(
+                model,
+                tokenizer,
+                sampling=sampling,
+                guidance_scale=options.timed_guidance,
+                batch_size=batch_size,
+                repeats=options.repeats,
+            )
+            for batch_size in options.timed_batches
+        }
+        row = Row(
+            name=contestant.name,
+            model_class=type(model).__name__,
+            sampling=str(sampling),
+            order=_order_name(model, contestant.recipe),
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            num_steps=sampling.steps(model),
+            losses=found["losses"],
+            points=[Point(**point) for point in points],
+            seconds=seconds,
+        )
+        logger.info("%s", row)
+        rows.append(row)
+    return rows
+
+
+def _order_name(model: Any, recipe: Recipe) -> str:
+    if recipe.task.get("random_orders"):
+        return "random, another for every image in training"
+    if not hasattr(model, "order"):
+        return "the surest first"
+    return recipe.model.get("order") or type(model.order).__name__.removesuffix("Order").lower()
+
+
+def compare(comparison: Comparison, folder: Path) -> Report:
+    """Measure the times and gather everything; all generators must have been worked on."""
+    reference = Reference(comparison, folder)
+    rows = [
+        row
+        for contestant in comparison.contestants
+        for row in make_rows(contestant, comparison, folder, reference.tokenizer)
+    ]
+    reconstructions, originals = reference.floors()
+    optimization = comparison.recipe.optimization
+    return Report(
+        rows=rows,
+        reconstructions=reconstructions,
+        originals=originals,
+        evaluation=comparison.evaluation,
+        recipe=comparison.recipe.to_dict(),
+        num_training_images=optimization.num_steps * optimization.batch_size,
+        tokenizer=reference.tokenizer.identity(),
+        num_threads=torch.get_num_threads(),
+        dtype="float32",
+        machine=str(describe_machine()),
+        vistok=vistok.__version__,
+    )
+
+
+def draw_pictures(comparison: Comparison, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
+    """Title of a row -> its `picture_sheet` at its best guidance scale."""
+    tokenizer = load_tokenizer(comparison.recipe.task["tokenizer"])
+    samplings = [sampling for contestant in comparison.contestants for sampling in contestant.samplings]
+    return {
+        row.title: picture_sheet(
+            load(folder / row.name / "model"),
+            tokenizer,
+            sampling=sampling,
+            guidance_scale=row.best.guidance_scale,
+            seeds_per_class=comparison.evaluation.seeds_per_class,
+        )
+        for row, sampling in zip(rows, samplings, strict=True)
+    }
+
+
+def work_in_processes(arguments: Sequence[str], names: Sequence[str], jobs: int) -> None:
+    """Call this command once per generator, `jobs` at a time; raises RuntimeError if one of them fails."""
+
+    def work(name: str) -> int:
+        command = [sys.executable, "-m", "vistok.eval.generator_comparison", *arguments, "--only", name]
+        return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = [name for name, status in zip(names, pool.map(work, names), strict=True) if status]
+    if failed:
+        raise RuntimeError(f"{', '.join(failed)} failed, see above; repeat the command to continue")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    check_plotting()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    path = own_comparisons().get(options.recipe, Path(options.recipe))
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    comparison = load_comparison(
+        path, folder, budget_steps=options.budget_steps, num_samples=options.num_samples
+    )
+    contestants = comparison.chosen(options.only)
+    if options.only is None and options.jobs > 1:
+        Reference(comparison, folder).real()  # once, before all of them want it
+        names = [contestant.name for contestant in contestants]
+        work_in_processes(arguments, names, options.jobs)
+    for contestant in contestants:
+        work_on(contestant, comparison, folder)
+    if options.only is None:
+        report = compare(comparison, folder)
+        write_report(report, draw_pictures(comparison, report.rows, folder), folder)
+        sys.stdout.write(json.dumps(asdict(report), allow_nan=False) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vistok.eval.generator_comparison",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help=f"a YAML file, or one of {', '.join(own_comparisons())}")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the runs and the report")
+    parser.add_argument("--jobs", type=int, default=1, help="generators to work on at once")
+    parser.add_argument("--only", metavar="NAME", help="train and measure this generator, and report nothing")
+    parser.add_argument("--budget-steps", type=int, help="train so many steps instead of the recipe's")
+    parser.add_argument("--num-samples", type=int, help="draw so many images, and compare with no more")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
