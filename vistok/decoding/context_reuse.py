@@ -1,8 +1,8 @@
 """Which evaluations of a masked generator may reuse what an earlier one found out about the context.
 
-After "Plug-and-Play Context Feature Reuse for Efficient Masked Generation" (Liu et al. 2025, ReCAP): what a decided token
-contributes to the attention of the others hardly changes while few tokens are added, so full evaluations alternate with
-cheap ones that keep the keys and values of the last full one.
+After "Plug-and-Play Context Feature Reuse for Efficient Masked Generation" (Liu et al. 2025, ReCAP): what a
+decided token contributes to the attention of the others hardly changes while few tokens are added, so full
+evaluations alternate with cheap ones that keep the keys and values of the last full one.
 """
 
 from __future__ import annotations

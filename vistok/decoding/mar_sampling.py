@@ -17,7 +17,7 @@ from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_g
 from vistok.decoding.ordered import StepCallback
 from vistok.decoding.step_schedules import steps_of_each
 from vistok.decoding.streams import NormalSource, UniformSource
-from vistok.models.generators.mar import MAR, take
+from vistok.models.generators.mar import MAR, Cache, take
 from vistok.models.heads.diffusion import Denoiser, DiffusionHead, Modulation
 from vistok.tokens import Tokens
 
@@ -45,27 +45,31 @@ def generate_mar(
 ) -> Tokens:
     """Sample the tokens of a batch of images (Li et al. 2024, section 4.3).
 
-    Every step evaluates encoder and decoder on what is decided, and draws the tokens of the positions whose turn it is.
+    Every step evaluates encoder and decoder on what is decided, and draws the tokens of the positions whose
+    turn it is.
 
-    Context reuse (ReCAP) changes the result. After a full evaluation the keys and values of everything that it evaluated
-    are kept in every layer: of the buffer and the decided tokens in the encoder, of these and of the undecided positions
-    in the decoder. A cheap evaluation computes anew only the tokens decided since then and the positions that are to be
-    decided now; they see each other and, of all the rest, what was kept. On three random models (2 + 2 blocks, 8 + 64
-    positions, 16 steps) the conditions that it gives are off by 3 to 8 % at a period of 2, 4 to 12 % at 4 and 6 to 15 % at
-    8: root mean square over all cheap evaluations, relative to that of full ones of the same tokens.
+    Context reuse (ReCAP) changes the result. After a full evaluation the keys and values of everything that
+    it evaluated are kept in every layer: of the buffer and the decided tokens in the encoder, of these and of
+    the undecided positions in the decoder. A cheap evaluation computes anew only the tokens decided since
+    then and the positions that are to be decided now; they see each other and, of all the rest, what was
+    kept. On three random models (2 + 2 blocks, 8 + 64 positions, 16 steps) the conditions that it gives are
+    off by 3 to 8 % at a period of 2, 4 to 12 % at 4 and 6 to 15 % at 8: root mean square over all cheap
+    evaluations, relative to that of full ones of the same tokens.
 
     Args:
         model: a masked generator of continuous tokens.
         class_labels: `[b]` int64 in `[0, num_classes)`.
-        streams: the orders are taken from it (one uniform draw per position), then for every step the starting noise and
-            that of the denoising steps.
+        streams: the orders are taken from it (one uniform draw per position), then for every step the
+            starting noise and that of the denoising steps.
         num_steps: evaluations of encoder and decoder; at most one per token.
-        num_inference_steps: denoising steps at every step, or at each of them, as `step_schedules` gives them.
+        num_inference_steps: denoising steps at every step, or at each of them, as `step_schedules` gives
+            them.
         head: temperature, and where chains begin; the model's own by default.
-        guidance: scale by the number of tokens that are decided when a step ends, of all tokens: `LinearGuidance` and
-            `ConstantGuidance` are the published ones.
+        guidance: scale by the number of tokens that are decided when a step ends, of all tokens:
+            `LinearGuidance` and `ConstantGuidance` are the published ones.
         null_labels: `[b]` classes that guidance leads away from; "no class" by default.
-        orders: `[b n]` int64, a permutation of the positions per image, whose end is decided first; random by default.
+        orders: `[b n]` int64, a permutation of the positions per image, whose end is decided first; random by
+            default.
         reuse: which evaluations reuse features of the context; none by default.
         on_step: called after every step with the latents `[b n c]`; undecided ones are zero.
 
@@ -73,8 +77,8 @@ def generate_mar(
         Latents `[b n c]` float32 in storage order, not scaled: what the tokenizer decodes.
 
     Raises:
-        ValueError: a label out of range, more steps than tokens, orders that are none, not one number of denoising steps
-            per step, or too few of them.
+        ValueError: a label out of range, more steps than tokens, orders that are none, not one number of
+            denoising steps per step, or too few of them.
     """
     head, guidance, reuse = (
         head or model.head,
@@ -102,7 +106,7 @@ def generate_mar(
 
 
 def hidden_counts(num_tokens: int, num_steps: int) -> list[int]:
-    """How many tokens the schedule hides after each step: a cosine (Chang et al. 2022, section 3.3), at least 1.
+    """How many tokens are hidden after each step, at least 1: a cosine (Chang et al. 2022, section 3.3).
 
     The last step decides all tokens that are left, although it counts one as hidden.
 
@@ -198,7 +202,9 @@ class Backbone:
         self.model = model
         self.labels = labels
         self.sequence = sequence
-        self.caches = model.new_caches(len(labels)) if reuse.period > 1 else (None, None)
+        self.caches: tuple[Cache, Cache] = (None, None)
+        if reuse.period > 1:
+            self.caches = model.new_caches(len(labels))
         self.num_kept = 0  # tokens that were decided at the last full evaluation
 
     def drop_unconditional(self) -> None:
@@ -242,8 +248,9 @@ class Backbone:
 class GuidedDenoiser:
     """The guided network of the head over one chain; the `Predict` of a diffusion head.
 
-    All that depends on condition and timestep alone, and not on the noised token, is computed for many denoising steps at
-    once. Guidance moves the predicted noise only; the variance is that of the conditional branch.
+    All that depends on condition and timestep alone, and not on the noised token, is computed for many
+    denoising steps at once. Guidance moves the predicted noise only; the variance is that of the conditional
+    branch.
 
     Args:
         denoiser: the network.

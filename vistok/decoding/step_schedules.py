@@ -1,5 +1,6 @@
-"""How many denoising steps each step of an order gets: DiSA (Zhao et al. 2025, "DiSA: Diffusion Step Annealing in
-Autoregressive Image Generation"). The later a token is decided the more it follows from the others, and fewer do.
+"""How many denoising steps each step of an order gets: DiSA (Zhao et al. 2025, "DiSA: Diffusion Step
+Annealing in Autoregressive Image Generation"). The later a token is decided the more it follows from the
+others, and fewer do.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ SCHEDULES = ("linear", "cosine", "two-stage", "constant")
 def annealed_steps(num_steps: int, most: int, least: int, schedule: str = "linear") -> tuple[int, ...]:
     """Denoising steps per step of an order, from `most` at the first to `least` at the last.
 
-    Published are 50 and 15 for xAR's four cells, (50, 38, 26, 15), and 50 and 5 for MAR's 64 steps, together with chains
-    that begin at timestep 950 (`DiffusionHead(last_timestep=950)`); both linear.
+    Published are 50 and 15 for xAR's four cells, (50, 38, 26, 15), and 50 and 5 for MAR's 64 steps, together
+    with chains that begin at timestep 950 (`DiffusionHead(last_timestep=950)`); both linear.
 
     Args:
         num_steps: of the order.
         most, least: denoising steps.
-        schedule: `"linear"`; `"cosine"`, half a period; `"two-stage"`, `most` in the first half and `least` in the second;
-            `"constant"`, `least` everywhere.
+        schedule: `"linear"`; `"cosine"`, half a period; `"two-stage"`, `most` in the first half and `least`
+            in the second; `"constant"`, `least` everywhere.
 
     Raises:
         ValueError: no steps, not `1 <= least <= most`, or an unknown schedule.

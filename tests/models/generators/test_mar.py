@@ -49,7 +49,9 @@ def latents() -> Tensor:
 
 @pytest.fixture
 def is_hidden() -> Tensor:
-    orders = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)])
+    orders = torch.stack(
+        [torch.randperm(9, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)]
+    )
     return hide_tokens(orders, 5 / 9)
 
 
@@ -83,7 +85,9 @@ def test_all_or_no_tokens_may_be_hidden(model, latents, hide: bool) -> None:
 
 @torch.inference_mode()
 def test_classes_and_no_class_make_a_difference(model, latents, is_hidden) -> None:
-    conditions = [model(latents, torch.tensor([label, 0]), is_hidden)[0] for label in (0, 3, model.null_label)]
+    conditions = [
+        model(latents, torch.tensor([label, 0]), is_hidden)[0] for label in (0, 3, model.null_label)
+    ]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert not torch.allclose(conditions[first], conditions[second], atol=1e-3)
 
@@ -151,7 +155,8 @@ def test_save_and_load_are_bit_exact(model, latents, is_hidden, tmp_path) -> Non
     timesteps, noise = noises()
     with torch.inference_mode():
         losses = [
-            masked_diffusion_loss(one, latents, LABELS, is_hidden, timesteps, noise) for one in (model, loaded)
+            masked_diffusion_loss(one, latents, LABELS, is_hidden, timesteps, noise)
+            for one in (model, loaded)
         ]
     assert torch.equal(*losses)
 

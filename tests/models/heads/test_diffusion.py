@@ -1,4 +1,4 @@
-"""The diffusion head: its chains against published lists, diffusers and closed forms; the loss; half precision; bad input."""
+"""The diffusion head: chains against lists, diffusers and closed forms; loss; precision; bad input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draws(shape: tuple[int, ...], seed: int = 0):
 
 
 def ideal(noisy: Tensor, time: float) -> Tensor:
-    """The best prediction for tokens that are normal with a standard deviation of `WIDTH`, with the smaller variance."""
+    """The best prediction for normal tokens with a deviation of `WIDTH`, with the smaller variance."""
     kept = float(full_chain().alpha_bars[int(time)])
     noise = noisy * math.sqrt(1 - kept) / (kept * WIDTH**2 + 1 - kept)
     return torch.cat([noise, torch.full_like(noise, -1.0)], dim=-1)
@@ -135,7 +135,9 @@ def test_the_variational_term_is_the_divergence_in_bits() -> None:
     exact = kl_divergence(
         *(Normal(one.mean.double(), (one.log_variance.double() / 2).exp()) for one in (first, second))
     )
-    torch.testing.assert_close(terms.variational.double(), exact.mean(dim=1) / math.log(2), rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(
+        terms.variational.double(), exact.mean(dim=1) / math.log(2), rtol=2e-3, atol=1e-5
+    )
     torch.testing.assert_close(terms.mse, (noise - prediction[:, :3]).square().mean(dim=1))
     torch.testing.assert_close(
         head.loss(prediction, clean, noise, times), terms.mse + terms.variational, rtol=0, atol=0
@@ -143,7 +145,7 @@ def test_the_variational_term_is_the_divergence_in_bits() -> None:
 
 
 def test_the_first_timestep_has_the_likelihood_of_a_bin_instead() -> None:
-    """With both edges, by the exact distribution function; the released approximation is within 1e-3 of it."""
+    """With both edges, by the exact distribution function; the released one is an approximation."""
     head, times = DiffusionHead(), torch.zeros(3, dtype=torch.int64)
     clean = torch.tensor([[0.2], [1.0], [-1.0]])
     noise = torch.tensor([[0.5], [0.1], [-0.3]])
@@ -186,6 +188,7 @@ def test_every_parameter_of_the_network_gets_a_gradient_even_after_sampling() ->
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@torch.inference_mode()
 def test_half_precision_keeps_the_digits_that_the_noisiest_step_needs() -> None:
     """Inputs that bfloat16 cannot tell apart have different outputs, by the slope of the network."""
     network = make_denoiser().to(torch.bfloat16)

@@ -1,26 +1,29 @@
-"""Continuous speculative decoding: a small MAR drafts tokens, a large one verifies them (Wang et al. 2024, "Continuous
-Speculative Decoding for Autoregressive Image Generation").
+"""Continuous speculative decoding: a small MAR drafts tokens, a large one verifies them (Wang et al. 2024,
+"Continuous Speculative Decoding for Autoregressive Image Generation").
 
-A drafted token is accepted with a probability that compares two Gaussians, the last denoising steps of the draft's chain and
-of the target's (`Trajectory`), and the variances along both chains. What is rejected is drawn anew from what the target has
-more of, `max(0, p - q / R)`. Both models walk their chains with the same noise at the same position ("denoising trajectory
-alignment"), and the first steps, which have little context, are the target's own ("token pre-filling").
+A drafted token is accepted with a probability that compares two Gaussians, the last denoising steps of the
+draft's chain and of the target's (`Trajectory`), and the variances along both chains. What is rejected is
+drawn anew from what the target has more of, `max(0, p - q / R)`. Both models walk their chains with the same
+noise at the same position ("denoising trajectory alignment"), and the first steps, which have little context,
+are the target's own ("token pre-filling").
 
-What is promised, and what is not. For tokens that are drawn from the draft's Gaussian and decided one by one, an inner
-temperature T of 1 and chains of equal variances (R = 1), this is speculative sampling: accepted and redrawn tokens together
-follow the target exactly. The released procedure, which `generate_speculative` reproduces, is another in four ways: the
-token is the mean of the draft's Gaussian, not a draw from it; T is 42, as if both Gaussians were 42 times as wide, so that
-far more is accepted; a rejection does not discard the tokens drafted after it; and tokens that find no replacement in 100
-trials become zero. How far T alone moves the result, for tokens of one channel drawn from the draft, unit variances and
-R = 1, as total variation from the target (by integration, not a measurement of images):
+What is promised, and what is not. For tokens that are drawn from the draft's Gaussian and decided one by one,
+an inner temperature T of 1 and chains of equal variances (R = 1), this is speculative sampling: accepted and
+redrawn tokens together follow the target exactly. The released procedure, which `generate_speculative`
+reproduces, is another in four ways: the token is the mean of the draft's Gaussian, not a draw from it; T is
+42, as if both Gaussians were 42 times as wide, so that far more is accepted; a rejection does not discard the
+tokens drafted after it; and tokens that find no replacement in 100 trials become zero. How far T alone moves
+the result, for tokens of one channel drawn from the draft, unit variances and R = 1, as total variation from
+the target (by integration, not a measurement of images):
 
     distance of the means       0.25    0.5     1       2       4       10
     the draft's own tokens      0.099   0.197   0.383   0.683   0.954   1.000
     result at T = 42            0.099   0.197   0.382   0.681   0.950   0.972
     result at T = 1             0       0       0       0       0       0
 
-So at T = 42 nothing but the draft comes out unless the means are tens of standard deviations apart. A standard deviation is
-about 0.006 at the last of MAR's 100 denoising steps, where tokens are about 1 wide: that many are a visible difference.
+So at T = 42 nothing but the draft comes out unless the means are tens of standard deviations apart. A
+standard deviation is about 0.006 at the last of MAR's 100 denoising steps, where tokens are about 1 wide:
+that many are a visible difference.
 """
 
 from __future__ import annotations
@@ -52,11 +55,11 @@ MAX_TRIALS = 100
 
 @dataclass(frozen=True)
 class AcceptRule:
-    """When a drafted token is accepted, and what replaces a rejected one. All densities are in log space, float64.
+    """When a drafted token is accepted, and what replaces a rejected one; float64, in log space.
 
     Args:
-        inner_temperature: how much wider both Gaussians are taken to be for the acceptance, but neither for their
-            normalisation nor for the replacement. 1 is speculative sampling.
+        inner_temperature: how much wider both Gaussians are taken to be for the acceptance, but neither for
+            their normalisation nor for the replacement. 1 is speculative sampling.
 
     Raises:
         ValueError: it is not above 0.
@@ -79,7 +82,7 @@ class AcceptRule:
         return distances / (2 * self.inner_temperature**2) + self.log_bound(draft, target) + widths
 
     def residual_share(self, proposals: Tensor, draft: Trajectory, target: Trajectory) -> Tensor:
-        """A proposal `[... c]` from the target's Gaussian replaces a token with probability `max(0, 1 - q / (R p))`."""
+        """A proposal `[... c]` of the target replaces a token with probability `max(0, 1 - q / (R p))`."""
         log_draft, log_target = (_log_density(proposals, one) for one in (draft, target))
         return (1 - (log_draft - log_target - self.log_bound(draft, target)).exp()).clamp_min(0)
 
@@ -155,8 +158,8 @@ def decide(tokens: Tensor, draft: Trajectory, target: Trajectory, draws: Draws, 
 def resample(draft: Trajectory, target: Trajectory, draws: Draws, rule: AcceptRule) -> Resampled:
     """Bounded acceptance-rejection from `max(0, p - q / R)`, with proposals from the target.
 
-    As in the release, all tokens of an image take part, also those that were accepted; trials end when each has had a
-    success, and the last one counts. The release ends them for all images of a batch together.
+    As in the release, all tokens of an image take part, also those that were accepted; trials end when each
+    has had a success, and the last one counts. The release ends them for all images of a batch together.
     """
     target_rows, draft_rows = _unsqueezed(target), _unsqueezed(draft)  # [b 1 k c]
     proposals = target_rows.mean + target_rows.std * draws.trial_normals  # [b t k c]
@@ -209,7 +212,7 @@ def add_draft(state: State, positions: Tensor, drawn: Trajectory) -> State:
 
 
 def commit(state: State, positions: Tensor, tokens: Tensor) -> State:
-    """Final tokens `[b k c]` at `positions [b k]`; the whole block counts as verified, replaced tokens included."""
+    """Final tokens `[b k c]` at `positions [b k]`; all of them count as verified, replaced ones included."""
     return replace(
         state,
         latents=put(state.latents, positions, tokens),
@@ -280,16 +283,18 @@ def generate_speculative(
 ) -> Tokens:
     """Sample as `generate_mar` does from `target`, with most steps left to `draft` (section 4, as released).
 
-    The target sees verified tokens only, at the guidance scale of the step at which it verifies, where the draft's tokens
-    were drawn at the scales of their own steps. See the module for what is promised of the result.
+    The target sees verified tokens only, at the guidance scale of the step at which it verifies, where the
+    draft's tokens were drawn at the scales of their own steps. See the module for what is promised of the
+    result.
 
     Args:
         draft: a small model of the same tokens.
         target: the model to speed up.
         class_labels: `[b]` int64 in `[0, num_classes)`.
-        streams: orders, then the noise of all positions (start, steps), then at each verification the draws of `Draws`.
-        num_steps, num_inference_steps, head, guidance, null_labels, orders: as in `generate_mar`, of both models; the
-            head is the target's by default.
+        streams: orders, then the noise of all positions (start, steps), then at each verification the draws
+            of `Draws`.
+        num_steps, num_inference_steps, head, guidance, null_labels, orders: as in `generate_mar`, of both
+            models; the head is the target's by default.
         speculation: how both alternate.
         on_step: called after every step with the latents `[b n c]`; later verifications may replace some.
         on_verify: called after every verification; `decision.is_accepted` gives the acceptance rate.
@@ -340,10 +345,9 @@ def _verify(
 def _check_pair(draft: MAR, target: MAR) -> None:
     names = ("latent_dim", "latent_scale", "num_tokens", "num_classes", "layout", "device")
     for name in names:
-        if getattr(draft, name) != getattr(target, name):
-            raise ValueError(
-                f"draft and target must have the same {name}, got {getattr(draft, name)} and {getattr(target, name)}"
-            )
+        ours, theirs = getattr(draft, name), getattr(target, name)
+        if ours != theirs:
+            raise ValueError(f"draft and target must have the same {name}, got {ours} and {theirs}")
 
 
 class AlignedNoise:

@@ -1,10 +1,10 @@
-"""MAR: a class-conditional masked generator of continuous tokens in random orders (Li et al. 2024, "Autoregressive Image
-Generation without Vector Quantization").
+"""MAR: a class-conditional masked generator of continuous tokens in random orders (Li et al. 2024,
+"Autoregressive Image Generation without Vector Quantization").
 
-An encoder reads the tokens that are decided, in front of them a buffer of tokens that all carry the class; a decoder reads
-its features and mask tokens at all other positions. What it says at a position conditions a small network
-(`heads.diffusion.Denoiser`) that draws the token there. Attention is bidirectional in both, and every evaluation can decide
-any number of tokens; `vistok.decoding.mar_sampling` decides which.
+An encoder reads the tokens that are decided, in front of them a buffer of tokens that all carry the class; a
+decoder reads its features and mask tokens at all other positions. What it says at a position conditions a
+small network (`heads.diffusion.Denoiser`) that draws the token there. Attention is bidirectional in both, and
+every evaluation can decide any number of tokens; `vistok.decoding.mar_sampling` decides which.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ class MAR(ContinuousGenerator):
             latents: `[b v c]`, scaled.
             positions: `[b v]` int64, where they lie.
             class_labels: `[b]`; `None` if the cache has the buffer already.
-            cache: of the encoder, with tokens that are seen and not evaluated again; those given are appended.
+            cache: of the encoder, with tokens that are seen and not evaluated again; those given are
+                appended.
 
         Returns:
             `[b s+v d]`, of the buffer first, if it is not in the cache.
@@ -173,7 +174,8 @@ class MAR(ContinuousGenerator):
             cache: of the decoder, see `encode`.
 
         Returns:
-            `[b s+v+u d]` or `[b v+u d]`, those of the mask tokens last; `add_condition_positions` makes conditions of them.
+            `[b s+v+u d]` or `[b v+u d]`, those of the mask tokens last; `add_condition_positions` makes
+            conditions of them.
         """
         masks = self.mask_token.expand(*hidden.shape, -1)
         hidden_states = torch.cat([self.between(features), masks], dim=1)
@@ -183,7 +185,7 @@ class MAR(ContinuousGenerator):
         return self.decoder(self.decoder.add_positions(hidden_states, slots), cache)
 
     def add_condition_positions(self, features: Tensor, positions: Tensor) -> Tensor:
-        """Features `[b k d]` of the decoder at `positions [b k]` -> conditions of the tokens there, `[b k d]`."""
+        """Features `[b k d]` of the decoder at `positions [b k]` -> conditions of their tokens, `[b k d]`."""
         return features + self.condition_position[0, positions]
 
     def new_caches(self, batch_size: int) -> tuple[KVCache, KVCache]:
@@ -252,7 +254,7 @@ class MARStack(nn.Module):
 
 
 class MARBlock(nn.Module):
-    """`x + attention(norm1(x))`, then `x + fc2(gelu(fc1(norm2(x))))`; LayerNorm eps 1e-6, exact GELU, dropout."""
+    """`x + attention(norm1(x))`, then `x + fc2(gelu(fc1(norm2(x))))`; LayerNorm eps 1e-6, exact GELU."""
 
     def __init__(
         self, dim: int, num_heads: int, mlp_dim: int, dropout: float, attention_dropout: float
@@ -349,6 +351,6 @@ def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, Denoiser):  # after its layers: blocks begin as the identity, the output at zero
-        for layer in (module.output, module.modulation, *(block.modulation for block in module.blocks)):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (module.output, module.output_modulation, *module.block_modulations):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)

@@ -1,13 +1,15 @@
-"""The diffusion head: a token is drawn by reversing a chain of noising steps, as in MAR (Li et al. 2024, section 3).
+"""The diffusion head: a token is drawn by reversing a chain of noising steps, as in MAR (Li et al. 2024,
+section 3).
 
-`Denoiser` is the small network: from a noised token, its timestep and a condition it predicts the noise and, for every
-channel, where the variance of the reverse step lies between its two bounds (Nichol and Dhariwal 2021, section 3.1).
-`Chain` holds the tables of a chain, the full one of 1000 steps or a respaced one, `DiffusionHead` learns and samples with
-them. Timesteps run from 0, almost clean, to 999, pure noise.
+`Denoiser` is the small network: from a noised token, its timestep and a condition it predicts the noise and,
+for every channel, where the variance of the reverse step lies between its two bounds (Nichol and Dhariwal
+2021, section 3.1). `Chain` holds the tables of a chain, the full one of 1000 steps or a respaced one,
+`DiffusionHead` learns and samples with them. Timesteps run from 0, almost clean, to 999, pure noise.
 
-diffusers' `DDPMScheduler` walks the same chain, but keeps its tables in float32 (off by 1.3e-5 of their value at timestep
-999, which comes back 2e4 times as large), has neither a temperature nor given noise, and bounds the variance of the last
-step differently, on which continuous speculative decoding depends. So the chain is ours.
+diffusers' `DDPMScheduler` walks the same chain, but keeps its tables in float32 (off by 1.3e-5 of their value
+at timestep 999, which comes back 2e4 times as large), has neither a temperature nor given noise, and bounds
+the variance of the last step differently, on which continuous speculative decoding depends. So the chain is
+ours.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ Modulation = tuple[list[Tensor], Tensor]  # per block [... 3w], of the last laye
 class Denoiser(nn.Module):
     """An MLP of residual blocks that timestep and condition shift, scale and gate (MAR, appendix B).
 
-    The residual stream, the first and the last layer are float32 whatever the weights and autocast are: at timestep 999
-    an error of the predicted noise comes back 2e4 times as large in the token.
+    The residual stream, the first and the last layer are float32 whatever the weights and autocast are: at
+    timestep 999 an error of the predicted noise comes back 2e4 times as large in the token.
 
     Args:
         latent_dim: channels of a token.
@@ -51,11 +53,12 @@ class Denoiser(nn.Module):
         self.condition_embed = nn.Linear(condition_dim, dim)
         self.input = nn.Linear(latent_dim, dim)
         self.blocks = nn.ModuleList(DenoiserBlock(dim) for _ in range(depth))
-        self.modulation = nn.Linear(dim, 2 * dim)
+        self.block_modulations = nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in range(depth))
+        self.output_modulation = nn.Linear(dim, 2 * dim)
         self.output = nn.Linear(dim, 2 * latent_dim)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
-        """`noisy [... c]`, `timesteps [...]`, `conditions [... z]` -> noise and variance values `[... 2c]` float32."""
+        """`noisy [... c]`, `timesteps [...]`, `conditions [... z]` -> noise, variances `[... 2c]` float32."""
         return self.denoise(noisy, self.modulate(self.embed_conditions(conditions), timesteps))
 
     def embed_conditions(self, conditions: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ class Denoiser(nn.Module):
     def modulate(self, embedded: Tensor, timesteps: Tensor) -> Modulation:
         """Shifts, scales and gates of all layers, from embedded conditions and timesteps that broadcast."""
         modulated = F.silu(self.time_embed(timesteps) + embedded)
-        return [block.modulation(modulated) for block in self.blocks], self.modulation(modulated)
+        return [layer(modulated) for layer in self.block_modulations], self.output_modulation(modulated)
 
     def denoise(self, noisy: Tensor, modulation: Modulation) -> Tensor:
         """`noisy [... c]`, modulated -> noise and variance values `[... 2c]`, float32."""
@@ -85,7 +88,6 @@ class DenoiserBlock(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.fc1 = nn.Linear(dim, dim)
         self.fc2 = nn.Linear(dim, dim)
-        self.modulation = nn.Linear(dim, 3 * dim)
 
     def forward(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
         """`hidden_states [... w]` float32, `modulation [... 3w]` -> `[... w]` float32."""
@@ -103,17 +105,18 @@ def _linear_float32(layer: nn.Linear, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A reverse step; both `[... c]` float32."""
+    """A reverse step; float32."""
 
-    mean: Tensor
-    log_variance: Tensor
+    mean: Tensor  # [... c]
+    log_variance: Tensor  # [... c], or what goes with it where all channels have the same
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """A token as the end of its chain; all `[... c]` float32.
 
-    The last step takes no noise, so the mean is the token. Continuous speculative decoding needs what else there is.
+    The last step takes no noise, so the mean is the token. Continuous speculative decoding needs what else
+    there is.
     """
 
     mean: Tensor
@@ -156,7 +159,7 @@ class Chain:
 
     @functools.cached_property
     def posterior_log_variances(self) -> Tensor:
-        """The lower bound of the variance; that of the first step, which would be 0, is that of the second."""
+        """The lower bound of the variance; that of the first step would be 0 and is that of the second."""
         variances = self.betas * (1 - self.alpha_bars_before) / (1 - self.alpha_bars)
         return variances[[1, *range(1, len(variances))]].log()
 
@@ -168,13 +171,12 @@ class Chain:
     def noised(self, clean: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
         """`clean` and `noise [... c]`, noised up to the steps `indices [...]`."""
         kept, added = _at(self.alpha_bars.sqrt(), indices), _at((1 - self.alpha_bars).sqrt(), indices)
-        return kept.to(clean.device) * clean + added.to(clean.device) * noise
+        return kept * clean + added * noise
 
     def posterior(self, clean: Tensor, noised: Tensor, indices: int | Tensor) -> Gaussian:
         """The step back when the token is known: everything `[... c]`, indices `[...]` or one for all."""
-        of_token, of_noised = (_at(factor, indices).to(noised.device) for factor in self.mean_factors)
-        log_variance = _at(self.posterior_log_variances, indices).to(noised.device)
-        return Gaussian(of_token * clean + of_noised * noised, log_variance.expand_as(noised))
+        of_token, of_noised = (_at(factor, indices) for factor in self.mean_factors)
+        return Gaussian(of_token * clean + of_noised * noised, _at(self.posterior_log_variances, indices))
 
     def reverse(self, prediction: Tensor, noised: Tensor, indices: int | Tensor) -> Gaussian:
         """The step back that a network predicts; nothing is clipped.
@@ -185,16 +187,17 @@ class Chain:
             indices: of the step, one for all or `[...]`.
         """
         noise, values = prediction.float().chunk(2, dim=-1)
-        of_noised, of_noise = (_at(factor, indices).to(noised.device) for factor in self.token_factors)
+        of_noised, of_noise = (_at(factor, indices) for factor in self.token_factors)
         step = self.posterior(of_noised * noised - of_noise * noise, noised, indices)
-        share, most = (values + 1) / 2, _at(self.betas.log(), indices).to(noised.device)
+        share, most = (values + 1) / 2, _at(self.betas.log(), indices)
         return Gaussian(step.mean, share * most + (1 - share) * step.log_variance)
 
 
 def _at(table: Tensor, indices: int | Tensor) -> Tensor:
-    """Entries of a float64 table as float32, `[... 1]`."""
-    chosen = table[indices] if isinstance(indices, int) else table[indices.cpu()][..., None]
-    return chosen.float()
+    """Entries of a float64 table as float32: `[... 1]` beside the indices, or a number for any device."""
+    if isinstance(indices, int):
+        return table[indices].float()
+    return table.float().to(indices.device)[indices][..., None]
 
 
 @functools.cache
@@ -217,7 +220,8 @@ def spread_timesteps(counts: Sequence[int], last_timestep: int = NUM_TIMESTEPS -
     """Evenly spread timesteps, ascending.
 
     Args:
-        counts: how many in each of `len(counts)` equal sections of the 1000 timesteps, its first and last among them.
+        counts: how many in each of `len(counts)` equal sections of the 1000 timesteps, its first and last
+            among them.
         last_timestep: what lies above is moved down to it; timesteps that meet there become one.
 
     Raises:
@@ -253,8 +257,8 @@ class DiffusionHead:
     Args:
         temperature: factor on the noise of the steps, but not on that of the start.
         last_timestep: where chains begin; 950 in DiSA, which spares the step that multiplies errors by 2e4.
-        shares: how the steps of a chain are shared out over equal sections of the timesteps, cleanest first; evenly
-            over all of them by default.
+        shares: how the steps of a chain are shared out over equal sections of the timesteps, cleanest first;
+            evenly over all of them by default.
 
     Raises:
         ValueError: a value outside its range.
@@ -280,11 +284,12 @@ class DiffusionHead:
         """The chain of so many steps; fewer where `last_timestep` lets some of them meet.
 
         Raises:
-            ValueError: fewer than 2 steps, or more than there are, or a number that `shares` cannot share out.
+            ValueError: fewer than 2 steps, more than there are, or a number that `shares` cannot share out.
         """
         if num_inference_steps < 2:
             raise ValueError(
-                f"a chain needs at least 2 denoising steps, from the noisiest and to the cleanest; got {num_inference_steps}"
+                "a chain needs at least 2 denoising steps, from the noisiest and to the cleanest; "
+                f"got {num_inference_steps}"
             )
         counts = [num_inference_steps * share / sum(self.shares) for share in self.shares]
         if any(not count.is_integer() for count in counts):
@@ -323,7 +328,7 @@ class DiffusionHead:
         return self.trajectory(predict, draw, num_inference_steps=num_inference_steps).mean
 
     def trajectory(self, predict: Predict, draw: Draw, *, num_inference_steps: int) -> Trajectory:
-        """As `sample`, with the variances along the way. Noise is drawn for the start and for all steps but the last."""
+        """As `sample`, with the variances along the way. The start and all steps but the last draw noise."""
         chain = self.chain(num_inference_steps)
         state = draw(torch.float32)
         log_std_sum = torch.zeros_like(state)
@@ -353,5 +358,5 @@ def _log_likelihood(clean: Tensor, step: Gaussian) -> Tensor:
 
 
 def _normal_cdf(values: Tensor) -> Tensor:
-    """The standard normal distribution function, by the approximation with tanh that the released models trained with."""
+    """The standard normal distribution function, as the released models approximate it."""
     return (1 + (math.sqrt(2 / math.pi) * (values + 0.044715 * values**3)).tanh()) / 2

@@ -1,6 +1,6 @@
 """The published MAR generators: configuration, keys and sampling settings.
 
-Official training checkpoints keep the weights that were evaluated under `model_ema`; `model` are the raw ones.
+Official training checkpoints keep the evaluated weights under `model_ema`; `model` are the raw ones.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ RENAMES = {
     "diffloss.net.res_blocks.{i}.in_ln.": "denoiser.blocks.{i}.norm.",
     "diffloss.net.res_blocks.{i}.mlp.0.": "denoiser.blocks.{i}.fc1.",
     "diffloss.net.res_blocks.{i}.mlp.2.": "denoiser.blocks.{i}.fc2.",
-    "diffloss.net.res_blocks.{i}.adaLN_modulation.1.": "denoiser.blocks.{i}.modulation.",
+    "diffloss.net.res_blocks.{i}.adaLN_modulation.1.": "denoiser.block_modulations.{i}.",
     "diffloss.net.final_layer.linear.": "denoiser.output.",
-    "diffloss.net.final_layer.adaLN_modulation.1.": "denoiser.modulation.",
+    "diffloss.net.final_layer.adaLN_modulation.1.": "denoiser.output_modulation.",
 } | {
     theirs: ours
     for stack in ("encoder", "decoder")
@@ -64,8 +64,8 @@ def build_model(config: Mapping[str, Any]) -> MAR:
     """The generator that a published configuration describes, not loaded.
 
     Args:
-        config: the constructor arguments of the release; what it lacks is as in MAR-B, whose head is another than the
-            default of the release.
+        config: the constructor arguments of the release; what it lacks is as in MAR-B, whose head is another
+            than the default of the release.
 
     Raises:
         ValueError: the configuration asks for what was never released.
@@ -75,7 +75,8 @@ def build_model(config: Mapping[str, Any]) -> MAR:
     for encoder, decoder in SAME.items():
         if config.get(encoder) != config.get(decoder, config.get(encoder)):
             raise ValueError(
-                f"both stacks of MAR are equally wide: {encoder} is {config.get(encoder)}, {decoder} {config[decoder]}"
+                f"both stacks of MAR are equally wide: {encoder} is {config.get(encoder)}, "
+                f"{decoder} {config[decoder]}"
             )
     grid = config.get("img_size", 256) // config.get("vae_stride", 16)
     sizes = {ours: config[theirs] for theirs, ours in OURS.items() if theirs in config}
@@ -92,7 +93,7 @@ def translate_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sampling_settings(published: Mapping[str, Any]) -> dict[str, Any]:
-    """The authors' settings -> those of `generate_mar`; a linear scale grows with the tokens that are decided."""
+    """The authors' settings -> those of `generate_mar`; a linear scale grows with the decided tokens."""
     return {
         "num_steps": published.get("num_iter", 64),
         "num_inference_steps": int(published.get("num_sampling_steps", 100)),

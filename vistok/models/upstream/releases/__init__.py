@@ -10,11 +10,14 @@ from torch import Tensor
 from vistok.models import upstream
 from vistok.models.upstream.keys import mismatches
 from vistok.models.upstream.releases.flextok import FLEX_AR, FLEXTOK
+from vistok.models.upstream.releases.kl_vae import KL_16
 from vistok.models.upstream.releases.llamagen import LLAMAGEN, LLAMAGEN_VQ
+from vistok.models.upstream.releases.mar import MAR
 from vistok.models.upstream.releases.maskgit import MASKGIT
 from vistok.models.upstream.releases.nar import NAR
 from vistok.models.upstream.releases.release import Release
 from vistok.models.upstream.releases.titok import MASKGIT_VQGAN, ONE_D_PIECE, TITOK
+from vistok.models.upstream.releases.xar import XAR
 
 __all__ = ["RELEASES", "Release", "matching_releases", "possible_releases"]
 
@@ -30,6 +33,9 @@ RELEASES: dict[str, Release] = {
         *LLAMAGEN_VQ,
         *LLAMAGEN,
         *NAR,
+        KL_16,
+        *MAR,
+        *XAR,
     ]
 }
 
