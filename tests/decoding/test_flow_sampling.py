@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vistok.decoding.flow_sampling import StepNoise, generate_flow
+from vistok.decoding.flow_sampling import generate_flow
 from vistok.decoding.guidance import (
     ConstantGuidance,
     GuidanceSchedule,
@@ -18,7 +18,7 @@ from vistok.decoding.guidance import (
     make_guidance,
 )
 from vistok.decoding.step_schedules import annealed_steps
-from vistok.decoding.streams import ImageStreams
+from vistok.decoding.streams import ImageStreams, StepNoise
 from vistok.models.generators.xar import XAR, noisy_context_loss
 from vistok.models.heads.flow import Euler, EulerMaruyama, FlowHead
 from vistok.models.tokenizers.kl import KLTokenizer

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_guidance
 from vistok.decoding.ordered import StepCallback
-from vistok.decoding.streams import NormalSource
+from vistok.decoding.step_schedules import steps_of_each
+from vistok.decoding.streams import NormalSource, StepNoise
 from vistok.models.generators.xar import XAR
 from vistok.models.heads.flow import FlowHead
 from vistok.models.layers.kv_cache import KVCache
@@ -49,7 +50,9 @@ def generate_flow(
     """
     head, guidance = head or model.head, guidance or ConstantGuidance()
     batch_size, plan = len(class_labels), model.order.plan()
-    counts = _denoising_steps(num_inference_steps, len(plan), head)
+    counts = steps_of_each(num_inference_steps, len(plan))
+    for count in set(counts):
+        head.integrator.times(count)  # raises where there are too few
     scales = [guidance.at(step, len(plan)) for step in range(len(plan))]
     labels = _both_branches(model, class_labels, null_labels)  # [2b]
     cache = model.new_cache(2 * batch_size)
@@ -65,18 +68,6 @@ def generate_flow(
         if on_step is not None:
             on_step(step, latents / model.latent_scale)
     return Tokens(latents=latents / model.latent_scale, layout=model.layout)
-
-
-class StepNoise:
-    """Noise for the tokens of one step, `[b *shape]` on a device; the `Draw` of a head."""
-
-    def __init__(self, streams: NormalSource, shape: tuple[int, int], device: torch.device) -> None:
-        self.streams = streams
-        self.shape = shape
-        self.device = device
-
-    def __call__(self, dtype: torch.dtype) -> Tensor:
-        return self.streams.normal(*self.shape, dtype=dtype).to(self.device)
 
 
 class StepVelocity:
@@ -120,18 +111,6 @@ class StepVelocity:
             return velocity[: len(noisy)]
         cond, uncond = velocity.double().chunk(2)
         return apply_guidance(cond, uncond, self.scale)
-
-
-def _denoising_steps(counts: int | Sequence[int], num_steps: int, head: FlowHead) -> list[int]:
-    """One number for every step of the order; raises ValueError where one is missing or the head cannot use it."""
-    counts = [counts] * num_steps if isinstance(counts, int) else list(counts)
-    if len(counts) != num_steps:
-        raise ValueError(
-            f"num_inference_steps must be one integer or {num_steps} of them, one per step of the order; got {counts}"
-        )
-    for count in set(counts):
-        head.integrator.times(count)  # raises where there are too few
-    return counts
 
 
 def _both_branches(model: XAR, class_labels: Tensor, null_labels: Tensor | None) -> Tensor:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from vistok.decoding.context_reuse import ContextReuse
-from vistok.decoding.flow_sampling import StepNoise
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_guidance
 from vistok.decoding.ordered import StepCallback
 from vistok.decoding.step_schedules import steps_of_each
-from vistok.decoding.streams import NormalSource, UniformSource
+from vistok.decoding.streams import NormalSource, StepNoise, UniformSource
 from vistok.models.generators.mar import MAR, Cache, take
 from vistok.models.heads.diffusion import Denoiser, DiffusionHead, Modulation
 from vistok.tokens import Tokens

@@ -55,3 +55,15 @@ class ImageStreams:
             int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
             for generator in self.generators
         ]
+
+
+class StepNoise:
+    """Noise for the tokens of one step, `[b *shape]` on a device; the `Draw` of a head."""
+
+    def __init__(self, streams: NormalSource, shape: tuple[int, int], device: torch.device) -> None:
+        self.streams = streams
+        self.shape = shape
+        self.device = device
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        return self.streams.normal(*self.shape, dtype=dtype).to(self.device)

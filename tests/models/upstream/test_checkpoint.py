@@ -117,6 +117,13 @@ def test_training_checkpoints_are_unwrapped(tmp_path: Path, wrapper: str) -> Non
         torch.load(tmp_path / "last.pt", weights_only=True)
 
 
+def test_averaged_weights_of_mar_come_first(tmp_path: Path) -> None:
+    last = {key: tensor + 1 for key, tensor in WEIGHTS.items()}
+    torch.save({"model": last, "model_ema": WEIGHTS, "epoch": 799}, tmp_path / "checkpoint-last.pth")
+    weights = read_checkpoint(tmp_path / "checkpoint-last.pth")
+    assert all(torch.equal(weights[key], tensor) for key, tensor in WEIGHTS.items())
+
+
 def test_tensors_with_attributes_and_parameters_are_read(tmp_path: Path) -> None:
     tensor = torch.arange(4.0)
     tensor.was_sharded = True  # saved through torch's type-v2 helper, as those of the 3B LlamaGen

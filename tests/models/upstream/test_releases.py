@@ -15,7 +15,8 @@ from vistok.models import upstream
 from vistok.models.tokenizers import one_d_piece, titok
 from vistok.models.upstream.keys import mismatches
 from vistok.models.upstream.releases import RELEASES, Release, matching_releases, possible_releases
-from vistok.pipelines.settings import MaskedSettings, OrderedSettings
+from vistok.pipelines.fit import objections
+from vistok.pipelines.settings import settings_for
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 MANIFESTS = {
@@ -66,6 +67,13 @@ MANIFESTS = {
     "nar-xxl-256": "nar/manifest-c2i-XXL",
     "nar-xl-t2i-256": "nar/manifest-t2i-XL",
     "nar-xl-t2i-512": "nar/manifest-t2i-XL",
+    "kl-16": "kl_vae/manifest-kl16",
+    "mar-base": "mar/manifest-mar_base",
+    "mar-large": "mar/manifest-mar_large",
+    "mar-huge": "mar/manifest-mar_huge",
+    "xar-base": "xar/manifest-xar_base",
+    "xar-large": "xar/manifest-xar_large",
+    "xar-huge": "xar/manifest-xar_huge",
 }
 
 
@@ -128,8 +136,7 @@ PAIRS = [r.name for r in RELEASES.values() if r.tokenizer is not None and r.conf
 def test_generators_fit_the_tokenizer_that_they_name(name: str) -> None:
     release = RELEASES[name]
     generator, tokenizer = build(release), build(RELEASES[release.tokenizer])
-    for fact in ("codebook_size", "num_tokens", "layout"):
-        assert getattr(generator, fact) == getattr(tokenizer, fact), fact
+    assert objections(tokenizer, generator) == []
     assert hasattr(generator, "num_classes") != ("t2i" in name)
     if image_size := [part for part in name.split("-") if part in ("256", "384", "512")]:
         assert tokenizer.image_size == int(image_size[-1])
@@ -161,13 +168,44 @@ def test_the_published_settings_of_llamagen_and_nar() -> None:
         }
 
 
-@pytest.mark.parametrize("name", [r.name for r in RELEASES.values() if r.tokenizer is not None])
+def test_the_published_settings_of_mar_and_xar() -> None:
+    scales = {"mar-base": 2.9, "mar-large": 3.0, "mar-huge": 3.2}
+    for name, scale in scales.items():
+        assert upstream.sampling_settings("mar", RELEASES[name].sampling) == {
+            "num_steps": 256,
+            "num_inference_steps": 100,
+            "guidance_scale": scale,
+            "guidance_schedule": "linear",
+            "temperature": 1.0,
+        }
+    for name, steps, scale in (("xar-base", 40, 2.7), ("xar-large", 50, 2.3), ("xar-huge", 50, 2.2)):
+        assert upstream.sampling_settings("xar", RELEASES[name].sampling) == {
+            "num_inference_steps": steps,
+            "guidance_scale": scale,
+            "guidance_schedule": "ramp",
+        }
+
+
+def test_licences_and_figures_of_mar_and_xar() -> None:
+    of_mar, of_xar = RELEASES["mar-large"], RELEASES["xar-huge"]
+    assert (of_mar.licence, of_xar.licence, RELEASES["kl-16"].licence) == ("MIT", "none given", "MIT")
+    figure = "gFID (ImageNet-1k, 256 px, 50,000 samples, cfg {}, published)"
+    assert of_mar.metrics == {figure.format(3.0): 1.78, "IS": 296.0}
+    assert of_xar.metrics == {figure.format(2.2): 1.24}
+    assert RELEASES["xar-large"].metrics == RELEASES["kl-16"].metrics == {}
+
+
+def test_shapes_tell_every_generator_of_latents() -> None:
+    for name in ("kl-16", "mar-base", "xar-large"):
+        assert names(matching_releases(read_manifest(name))) == [name]
+
+
+@pytest.mark.parametrize("name", PAIRS)
 def test_published_settings_are_those_of_a_pipeline(name: str) -> None:
     """None is misspelt or out of range: the settings of its kind of generator take them all."""
     settings = upstream.sampling_settings(RELEASES[name].system, RELEASES[name].sampling)
     settings.pop("decode_options", None)
-    kind = MaskedSettings if RELEASES[name].system == "maskgit" else OrderedSettings
-    assert kind(**settings).guidance_scale > 1
+    assert settings_for(build(RELEASES[name]), settings).guidance_scale > 1
 
 
 def test_the_name_of_a_file_tells_what_shapes_do_not() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_HEADER = 100_000_000  # bytes; safetensors files begin with the length of their header, at most this
 # Names under which training scripts save the state dict of a model.
 WRAPPERS = ("model", "module", "state_dict")
+AVERAGED = "model_ema"  # of MAR and xAR: the weights that their samplers read, beside those of the last step
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
@@ -24,7 +25,8 @@ def read_checkpoint(path: Path | str) -> dict[str, Tensor]:
     The kind of file is told from its content, not from its name. A pickle is the state dict itself, or a training
     checkpoint with the state dict under one of the names of `WRAPPERS`. What lies beside it there (optimizer,
     discriminator, arguments, and the moving average `ema`) is left out. LlamaGen's samplers read `model` as well, while
-    its scripts that measure reconstructions would prefer `ema` where there is one.
+    its scripts that measure reconstructions would prefer `ema` where there is one. A state dict under `AVERAGED` comes
+    before the others, as in the samplers of MAR.
 
     Raises:
         FileNotFoundError: no such file.
@@ -93,7 +95,8 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    wrappers = [name for name in WRAPPERS if name in content and not isinstance(content[name], Tensor)]
+    names = (AVERAGED,) if AVERAGED in content else WRAPPERS
+    wrappers = [name for name in names if name in content and not isinstance(content[name], Tensor)]
     if len(wrappers) > 1:
         raise ValueError(
             f"{path} wraps a state dict under each of {', '.join(wrappers)}; save the one you mean alone"
