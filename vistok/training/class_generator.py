@@ -13,8 +13,7 @@ from torch import Tensor
 from vistok.hub import load_tokenizer
 from vistok.models.generators.any_order import AnyOrderAR
 from vistok.models.generators.base import Generator, MaskedGenerator
-from vistok.models.tokenizers.base import ImageTokenizer
-from vistok.tokens import Layout
+from vistok.pipelines.fit import check_fit
 from vistok.training.augment import Augmentation
 from vistok.training.labelled_tokens import LabelledTokens, load_or_tokenize
 from vistok.training.masked import MaskedObjective, drop_labels
@@ -110,7 +109,7 @@ class ClassGeneratorTask:
         if augmentation != Augmentation(flip=augmentation.flip):
             raise ValueError("tokens of CIFAR-10 can only be flipped; leave out the other augmentations")
         tokenizer = load_tokenizer(options.tokenizer, device=device)
-        check_fit(model, tokenizer)
+        check_fit(tokenizer, model)
         self.model: Any = model
         self.options = options
         self.flip = augmentation.flip
@@ -168,17 +167,6 @@ def objective_for(model: Generator, random_orders: bool) -> Objective:
 def null_label(model: Any) -> int:
     """The label that means "no class"."""
     return model.null_label if isinstance(model, MaskedGenerator) else int(model.null_condition(1))
-
-
-def check_fit(model: Generator, tokenizer: ImageTokenizer) -> None:
-    """Raises ValueError unless `model` makes tokens of `tokenizer`; a model without a grid takes any layout."""
-    for name in ("codebook_size", "num_tokens", "layout"):
-        ours, theirs = getattr(model, name), getattr(tokenizer, name)
-        if ours != theirs and ours != Layout():
-            raise ValueError(
-                f"{type(model).__name__} does not fit {type(tokenizer).__name__}: {name} is {ours} there and "
-                f"{theirs} here"
-            )
 
 
 def _check_labels(data: LabelledTokens, num_classes: int) -> None:

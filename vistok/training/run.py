@@ -37,6 +37,8 @@ def _task(recipe: Recipe, device: torch.device, folder: Path) -> Task:
         from vistok.models.generators.text_ar import TextAR
         from vistok.training.generator import GeneratorOptions, NextTokenTask
 
+        if recipe.model_class not in (None, "TextAR"):
+            raise ValueError(f"model_class must be TextAR for captioned emoji, got {recipe.model_class!r}")
         data = from_mapping(GeneratorOptions, recipe.task, "task")
         return NextTokenTask(_initial(TextAR, recipe), data, recipe.augmentation, device, recipe.seed)
     if recipe.kind == "class-conditional":

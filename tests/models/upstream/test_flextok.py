@@ -297,7 +297,7 @@ def test_our_copy_of_a_published_checkpoint(published: Path, golden: GoldenCase,
 
 def test_weights_without_configuration_say_what_is_missing(monkeypatch, tmp_path: Path) -> None:
     release = RELEASES["flextok-d12-d12-in1k"]
-    monkeypatch.setattr("vistok.hub.matching_releases", lambda weights: [release])
+    monkeypatch.setattr("vistok.hub.possible_releases", lambda weights, file_name: [release])
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="put the official config.json beside it"):
         vistok.load(tmp_path / "model.safetensors")
