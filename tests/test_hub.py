@@ -229,6 +229,31 @@ def test_generators_over_a_grid_come_with_their_tokenizer(
     assert settings.items() >= {**preset, "guidance_tokens": None, "temperature": 1.0, "top_p": 1.0}.items()
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "preset"),
+    [
+        (
+            "mar-base",
+            "MAR",
+            {
+                "num_steps": 256,
+                "num_inference_steps": 100,
+                "guidance_scale": 2.9,
+                "guidance_schedule": "linear",
+            },
+        ),
+        ("xar-base", "XAR", {"num_inference_steps": 40, "guidance_scale": 2.7, "guidance_schedule": "ramp"}),
+    ],
+)
+def test_generators_of_latents_come_with_kl_16(name: str, kind: str, preset: dict, files_of) -> None:
+    files_of([name, "kl-16"])
+    pipeline = load_pipeline(name, device="meta")
+    assert type(pipeline) is vistok.ClassToImagePipeline
+    assert type(pipeline.transformer) is getattr(vistok, kind)
+    assert type(pipeline.tokenizer) is vistok.KLTokenizer and pipeline.tokenizer.scaling_factor == 0.2325
+    assert pipeline.sampling_settings().items() >= {**preset, "num_final_inference_steps": None}.items()
+
+
 def test_a_generator_without_its_tokenizer_says_what_is_missing(files_of) -> None:
     files_of(["nar-b-256"])
     with pytest.raises(WeightsUnavailableError, match=r"llamagen-vq-16 needs vq_ds16_c2i\.pt \(288 MB\)"):

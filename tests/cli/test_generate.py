@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import vistok
+from tests.pipelines.families import make_pipeline
 from tests.tiny import TOKENIZER
 
 MASKGIT = {"dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32}
@@ -86,6 +87,35 @@ def test_classes_are_drawn_by_index(run, tmp_path: Path, out: Path) -> None:
     assert refused.code == 2 and "--top-k is not a setting of a MaskGITBert" in refused.stderr
     refused = run(*command, "--preview", out)
     assert refused.code == 2 and "there are no previews" in refused.stderr
+
+
+def test_a_continuous_generator_has_steps_within_steps(run, tmp_path: Path, out: Path) -> None:
+    make_pipeline("mar").save_pretrained(tmp_path / "mar")
+    command = ("generate", "1", "3", "-o", out / "a.png", "--model", tmp_path / "mar", "--seed", 2)
+    steps = ("--num-steps", 3, "--num-inference-steps", 6, "--num-final-inference-steps", 2)
+    finished = run(*command, *steps, "--temperature", 0.9)
+    assert finished.code == 0, finished.stderr
+    sampling = json.loads(finished.stdout)["sampling"]
+    settings = {"num_steps": 3, "num_inference_steps": 6, "num_final_inference_steps": 2, "temperature": 0.9}
+    assert sampling.items() >= settings.items()
+    finished = run(*command, *steps, "--temperature", 0.9, "-o", out)
+    pictures = vistok.load(tmp_path / "mar")(["1", "3"], seed=2, **settings).images
+    assert np.array_equal(pixels(out / "001-3.png"), np.asarray(pictures[1]))
+    refused = run(*command, "--top-k", 3)
+    assert refused.code == 2 and "--top-k is not a setting of a MAR" in refused.stderr
+    refused = run(*command, "--watermark", "secret")
+    assert refused.code == 2 and "this model's tokens are continuous" in refused.stderr
+
+
+def test_what_steps_are_called_depends_on_the_kind(run, class_model: Path, tmp_path: Path, out: Path) -> None:
+    make_pipeline("xar-cells").save_pretrained(tmp_path / "xar")
+    command = ("generate", "1", "-o", out / "a.png", "--model")
+    refused = run(*command, tmp_path / "xar", "--num-steps", 3)
+    assert refused.code == 2 and "--num-steps is not a setting of a XAR" in refused.stderr
+    make_pipeline("maskgit-bert").save_pretrained(tmp_path / "maskgit")
+    refused = run(*command, tmp_path / "maskgit", "--num-inference-steps", 3)
+    assert refused.code == 2
+    assert "--num-inference-steps is not a setting of a MaskGITBert" in refused.stderr
 
 
 def test_a_text_model_has_no_steps(run, model: Path, out: Path) -> None:

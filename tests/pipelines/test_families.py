@@ -10,11 +10,13 @@ from torch import Tensor
 
 import vistok
 from tests.pipelines.families import (
+    CONTINUOUS,
     FAMILIES,
     MASKED,
     TEXT_FAMILIES,
     draw,
     encode,
+    is_same,
     make_pipeline,
     prompts_of,
 )
@@ -22,10 +24,10 @@ from tests.pipelines.families import (
 
 @pytest.fixture(scope="module")
 def pipelines() -> dict[str, Any]:
-    return {family: make_pipeline(family, guidance_scale=2.0) for family in FAMILIES}
+    return {family: make_pipeline(family, guidance_scale=2.0) for family in [*FAMILIES, *CONTINUOUS]}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *CONTINUOUS])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -38,9 +40,9 @@ def pipeline(pipelines: dict[str, Any], family: str) -> Any:
 def test_a_seed_gives_the_same_image_alone_and_among_sixteen(pipeline: Any, family: str) -> None:
     prompts, seeds = prompts_of(family, 16), list(range(20, 36))
     batch = draw(pipeline, prompts, seed=seeds)
-    assert batch.shape == (16, 16)
+    assert batch.shape[:2] == (16, 16)
     for row in (0, 7, 15):
-        assert torch.equal(draw(pipeline, prompts[row], seed=seeds[row])[0], batch[row])
+        assert is_same(draw(pipeline, prompts[row], seed=seeds[row])[0], batch[row])
     assert len(batch.unique(dim=0)) > 12
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     assert torch.equal(draw(pipeline, prompts, generator=generators), batch)
@@ -49,14 +51,15 @@ def test_a_seed_gives_the_same_image_alone_and_among_sixteen(pipeline: Any, fami
 def test_several_images_of_a_prompt_count_seeds_up(pipeline: Any, family: str) -> None:
     first, second = prompts_of(family, 2)
     batch = draw(pipeline, [first, second], num_images_per_prompt=3, seed=5)
-    assert torch.equal(draw(pipeline, second, seed=7)[0], batch[5])
+    assert is_same(draw(pipeline, second, seed=7)[0], batch[5])
+    assert not is_same(batch[4], batch[5])
 
 
 def test_guidance_changes_the_image_and_1_is_off(pipeline: Any, family: str) -> None:
     prompts = prompts_of(family, 4)
     off = draw(pipeline, prompts, guidance_scale=1.0)
-    assert not torch.equal(draw(pipeline, prompts), off)
-    if family not in MASKED:
+    assert not is_same(draw(pipeline, prompts), off)
+    if family not in (*MASKED, *CONTINUOUS):
         assert torch.equal(draw(pipeline, prompts, guidance_tokens=16), draw(pipeline, prompts))
         first_step_only = draw(pipeline, prompts, guidance_tokens=0)
         first = pipeline.transformer.order.plan()[0]
@@ -70,20 +73,21 @@ def test_a_negative_is_what_guidance_leads_away_from(pipeline: Any, family: str)
     prompts = [first, second, third]
     plain = draw(pipeline, prompts)
     away = draw(pipeline, prompts, **{name: other})
-    assert not torch.equal(away, plain)
+    assert not is_same(away, plain)
     mixed = draw(pipeline, prompts, **{name: [other, first, other]})
-    assert torch.equal(mixed[0], away[0]) and torch.equal(mixed[2], away[2])
+    assert is_same(mixed[0], away[0]) and is_same(mixed[2], away[2])
     # Away from itself leads nowhere: guided logits are the conditional ones.
     itself = draw(pipeline, prompts, **{name: prompts})
-    assert torch.equal(itself, draw(pipeline, prompts, guidance_scale=1.0))
+    assert is_same(itself, draw(pipeline, prompts, guidance_scale=1.0))
     with pytest.raises(ValueError, match=f"{name} needs guidance, and guidance_scale is 1.0"):
         pipeline(first, guidance_scale=1.0, **{name: other})
     with pytest.raises(ValueError, match=r"2 rows of .* for 3 images"):
         pipeline(prompts, **{name: [first, other]})
 
 
-def test_a_logits_processor_decides_what_can_be_drawn(pipeline: Any, family: str) -> None:
-    shapes = []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_logits_processor_decides_what_can_be_drawn(pipelines: dict[str, Any], family: str) -> None:
+    pipeline, shapes = pipelines[family], []
 
     def only_even_ids(logits: Tensor) -> Tensor:
         shapes.append(tuple(logits.shape))
@@ -99,15 +103,14 @@ def test_a_logits_processor_decides_what_can_be_drawn(pipeline: Any, family: str
 
 
 def test_the_callback_sees_every_step(pipeline: Any, family: str) -> None:
-    seen = []
+    seen, name = [], "latents" if family in CONTINUOUS else "indices"
     drawn = draw(
         pipeline,
         prompts_of(family, 1),
-        callback_on_step_end=lambda _, step, total, state: seen.append(
-            (step, total, state["indices"].clone())
-        ),
+        callback_on_step_end=lambda _, step, total, state: seen.append((step, total, state[name].clone())),
     )
     steps = {"any-order-cells": 4, "nar-class": 7, "nar-text": 7} | dict.fromkeys(MASKED, 8)
+    steps |= {"xar-cells": 4, "xar-diagonal": 7, "mar": 5}
     total = steps.get(family, 16)
     assert [(step, count) for step, count, _ in seen] == [(step, total) for step in range(total)]
     assert torch.equal(seen[-1][2], drawn)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 import vistok
-from tests.pipelines.families import CLASSES, grid_tokenizer, sequence_tokenizer
+from tests.pipelines.families import (
+    CLASSES,
+    DENOISER,
+    LATENTS,
+    STACKS,
+    grid_tokenizer,
+    latent_tokenizer,
+    sequence_tokenizer,
+)
 from vistok.pipelines.fit import check_fit, objections
 
 ON_A_GRID = {
@@ -60,6 +68,40 @@ def test_a_continuous_tokenizer_is_refused() -> None:
         match="LlamaGenClass does not fit KLTokenizer: it makes codebook indices, .*continuous latents",
     ):
         vistok.ClassToImagePipeline(tokenizer, vistok.LlamaGenClass(**CLASSES))
+
+
+CONTINUOUS = {
+    "xar": lambda **changes: vistok.XAR(**LATENTS | changes, **STACKS, order="cells-2"),
+    "mar": lambda **changes: vistok.MAR(**LATENTS | changes, **STACKS, **DENOISER),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_generators_of_latents(name: str) -> None:
+    generator = CONTINUOUS[name]()
+    check_fit(latent_tokenizer(), generator)
+    check_fit(latent_tokenizer(scaling_factor=None), generator)  # it does not say which scale suits it
+    assert objections(latent_tokenizer(latent_channels=4, scaling_factor=0.18215), generator) == [
+        "its latent_dim is 3 and the tokenizer's latent_channels 4",
+        "its latent_scale is 0.5 and the tokenizer's scaling_factor 0.18215",
+    ]
+    assert objections(latent_tokenizer(image_size=32, latent_channels=16), generator) == [
+        "its latent_dim is 3 and the tokenizer's latent_channels 16",
+        "its num_tokens is 16 and not 64",
+        "it makes tokens on a grid of 4x4, the tokenizer decodes them on a grid of 8x8",
+    ]
+    kind = type(generator).__name__
+    with pytest.raises(ValueError, match=f"{kind} does not fit KLTokenizer: its latent_scale is 0.4"):
+        vistok.ClassToImagePipeline(latent_tokenizer(), CONTINUOUS[name](latent_scale=0.4))
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_generators_of_latents_and_tokenizers_of_codes(name: str) -> None:
+    generator = CONTINUOUS[name]()
+    kinds = "it makes continuous latents, the tokenizer decodes codebook indices"
+    assert objections(grid_tokenizer(), generator) == [kinds]
+    with pytest.raises(ValueError, match=f"does not fit ConvTiTok: {kinds}; it makes tokens on a grid of"):
+        vistok.ClassToImagePipeline(sequence_tokenizer(), generator)
 
 
 def test_a_grid_of_another_number_of_positions_is_refused() -> None:

@@ -23,7 +23,7 @@ from vistok.models.generators.base import Condition, Generator, OrderedGenerator
 from vistok.models.tokenizers.base import ImageTokenizer, NumTokens
 from vistok.order import RasterOrder
 from vistok.pipelines.decoder import ImageDecoder, Preview, PreviewCallback
-from vistok.pipelines.drawing import Conditions, draw, followed_order, num_steps
+from vistok.pipelines.drawing import Conditions, Request, check_codes, draw, followed_order, num_steps
 from vistok.pipelines.fit import check_fit
 from vistok.pipelines.inpainting import given_tokens
 from vistok.pipelines.settings import ALL_SETTINGS, Settings, override, settings_for
@@ -47,23 +47,31 @@ class ImagePipeline(DiffusionPipeline):
     """A tokenizer and an image model that fit each other.
 
     The model is called `transformer`, as in diffusers: `generator` is always a `torch.Generator`. Any generator fits any
-    tokenizer with the same vocabulary, number of tokens and layout.
+    tokenizer with the same vocabulary, or the same channels and scale of latents, number of tokens and layout.
 
     The settings are the preset, used where a call does not say otherwise. Those that the kind of generator does not
-    have must stay `None`; the others are, where `None`, those of `MaskedSettings` or `OrderedSettings`.
+    have must stay `None`; the others are, where `None`, the defaults of its kind: `OrderedSettings` of a generator with
+    a fixed order, `MaskedSettings` of a masked one, `FlowSettings` of xAR, `DiffusionSettings` of MAR.
 
     Args:
         tokenizer: decodes the tokens.
         transformer: makes them.
-        num_inference_steps, guidance_schedule, guidance_power, choice_temperature, softmax_annealing: of a masked
-            generator, see `MaskedSettings`.
-        guidance_scale: of both kinds; 1.0 is off.
-        guidance_tokens, temperature, top_k, top_p, typical_p: of a generator with a fixed order, see `OrderedSettings`.
+        num_inference_steps: of all kinds but the first: steps of a masked generator, denoising steps within each step of
+            a continuous one.
+        num_steps: of MAR: steps over all tokens.
+        num_final_inference_steps: of xAR and MAR: denoising steps within the last step, where they are annealed (DiSA).
+        guidance_scale: of all kinds; 1.0 is off.
+        guidance_tokens, top_k, top_p, typical_p: of a generator with a fixed order.
+        guidance_schedule, guidance_power: of all others.
+        choice_temperature, softmax_annealing: of a masked generator.
+        temperature: of a generator with a fixed order, and of MAR.
+        integrator: of xAR.
+        last_timestep, reuse_period, reuse_warm_up: of MAR.
         decode_options: for `tokenizer.decode`.
 
     Raises:
         ValueError: tokenizer and transformer do not fit, the transformer is conditioned on something else, or a setting
-            is outside its range or of the other kind.
+            is outside its range or of another kind.
     """
 
     tokenizer: ImageTokenizer
@@ -76,6 +84,8 @@ class ImagePipeline(DiffusionPipeline):
         tokenizer: ImageTokenizer,
         transformer: Generator,
         num_inference_steps: int | None = None,
+        num_steps: int | None = None,
+        num_final_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_tokens: int | None = None,
         guidance_schedule: str | None = None,
@@ -86,6 +96,10 @@ class ImagePipeline(DiffusionPipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         typical_p: float | None = None,
+        integrator: str | None = None,
+        last_timestep: int | None = None,
+        reuse_period: int | None = None,
+        reuse_warm_up: int | None = None,
         decode_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -93,6 +107,8 @@ class ImagePipeline(DiffusionPipeline):
         check_fit(tokenizer, transformer)
         given = {
             "num_inference_steps": num_inference_steps,
+            "num_steps": num_steps,
+            "num_final_inference_steps": num_final_inference_steps,
             "guidance_scale": guidance_scale,
             "guidance_tokens": guidance_tokens,
             "guidance_schedule": guidance_schedule,
@@ -103,6 +119,10 @@ class ImagePipeline(DiffusionPipeline):
             "top_k": top_k,
             "top_p": top_p,
             "typical_p": typical_p,
+            "integrator": integrator,
+            "last_timestep": last_timestep,
+            "reuse_period": reuse_period,
+            "reuse_warm_up": reuse_warm_up,
         }
         settings = settings_for(transformer, given)
         self.register_modules(tokenizer=tokenizer, transformer=transformer)
@@ -153,6 +173,8 @@ class ImagePipeline(DiffusionPipeline):
         """
         total = num_prompts * num_images_per_prompt
         lengths = self._lengths(num_tokens, total)
+        has_given = tokens is not None or keep is not None
+        check_codes(self.transformer, has_given=has_given, logits_processor=logits_processor)
         given = given_tokens(self.tokenizer, tokens, keep, total)
         streams = self._streams(seed, generator, num_prompts, num_images_per_prompt)
         decoder = self._decoder(streams, decode_options)
@@ -160,16 +182,8 @@ class ImagePipeline(DiffusionPipeline):
         model = followed_order(self.transformer, given)
         drawn_from = conditions()
         with self._steps(num_steps(model, settings, lengths), callback_on_step_end, preview) as on_step:
-            drawn = draw(
-                model,
-                drawn_from,
-                settings,
-                streams=streams,
-                lengths=lengths,
-                given=given,
-                logits_processor=logits_processor,
-                on_step=on_step,
-            )
+            request = Request(drawn_from, streams, lengths, given, logits_processor, on_step)
+            drawn = draw(model, settings, request)
         return self._output(drawn, decoder, output_type, return_dict)
 
     def _streams(
@@ -217,11 +231,11 @@ class ImagePipeline(DiffusionPipeline):
         """What shows the tokens so far; raises ValueError where there is nothing to show before the end."""
         if callback is None:
             return None
+        self._check_prefixes("there are no previews")
         if not isinstance(self.transformer, OrderedGenerator):
             raise ValueError(
                 f"{type(self.transformer).__name__} decides its tokens in no fixed order: there are no previews"
             )
-        self._check_prefixes("there are no previews")
         kind = "pt" if output_type == "tokens" else output_type
         return Preview(callback, lambda tokens: _convert(decoder(tokens), kind), lengths, at)
 
@@ -237,13 +251,14 @@ class ImagePipeline(DiffusionPipeline):
     ) -> Iterator[StepCallback]:
         """A hook for the decoding loops: progress, the user's `callback_on_step_end`, previews."""
         progress = self.progress_bar(total=num_steps)
+        name = "latents" if self.tokenizer.codebook_size is None else "indices"
 
-        def on_step(step: int, indices: Tensor) -> None:
+        def on_step(step: int, drawn: Tensor) -> None:
             progress.update()
             if callback is not None:
-                callback(self, step, num_steps, {"indices": indices})
+                callback(self, step, num_steps, {name: drawn})
             if preview is not None:
-                preview.show(step + 1, self._tokens(indices))
+                preview.show(step + 1, self._tokens(drawn))
 
         try:
             yield on_step

@@ -51,6 +51,8 @@ class ClassToImagePipeline(ImagePipeline):
         tokens: Tokens | None = None,
         keep: Tensor | None = None,
         num_inference_steps: int | None = None,
+        num_steps: int | None = None,
+        num_final_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_tokens: int | None = None,
         choice_temperature: float | None = None,
@@ -58,6 +60,8 @@ class ClassToImagePipeline(ImagePipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         typical_p: float | None = None,
+        integrator: str | None = None,
+        reuse_period: int | None = None,
         logits_processor: LogitsProcessor | None = None,
         seed: int | Sequence[int] = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -89,13 +93,21 @@ class ClassToImagePipeline(ImagePipeline):
             num_images_per_prompt: images of each class.
             num_tokens: keep so many tokens, one number for all images or one per image; with a variable-length
                 tokenizer. A next-token generator stops there; a masked one decides all tokens in any case.
-            tokens: of a picture that is changed or continued, for all images or one for each image.
+            tokens: of a picture that is changed or continued, for all images or one for each image; with a generator of
+                codes, as `keep` and `logits_processor`.
             keep: with them, boolean, `True` where a token stays: `[n]`, on a grid also `[h w]`, or one row per image
                 `[b n]`.
-            num_inference_steps, choice_temperature: of a masked generator, see `MaskedSamplingParams`.
+            num_inference_steps: of a masked generator, see `MaskedSamplingParams`; of a continuous one (xAR, MAR) the
+                denoising steps within each of its steps.
+            num_steps: of MAR: steps over all tokens, each of which decides some.
+            num_final_inference_steps: of xAR and MAR: denoising steps within the last step, and linearly fewer from one
+                to the next until then (DiSA).
             guidance_scale: classifier-free guidance, 1.0 is off; the schedule is the preset's.
-            guidance_tokens, temperature, top_k, top_p, typical_p: of a generator with a fixed order, see
-                `OrderedSettings`.
+            guidance_tokens, top_k, top_p, typical_p: of a generator with a fixed order, see `OrderedSettings`.
+            choice_temperature: of a masked generator, see `MaskedSamplingParams`.
+            temperature: of a generator with a fixed order, see `OrderedSettings`, and of MAR, see `DiffusionSettings`.
+            integrator: of xAR, see `FlowSettings`.
+            reuse_period: of MAR: one step in so many evaluates everything, the others reuse features (`ContextReuse`).
             logits_processor: changes the guided logits `[b k codebook_size]` of every step before tokens are drawn.
             seed: image j of every class uses `seed + j`; or a list with one seed per image. An image is the same
                 whatever else is in the batch.
@@ -104,20 +116,23 @@ class ClassToImagePipeline(ImagePipeline):
             output_type: `"pil"`, `"np"`, `"pt"` or `"tokens"`; see `ImagePipelineOutput`.
             return_dict: `False` returns a tuple.
             callback_on_step_end: called as `callback(pipeline, step, num_steps, {"indices": [b n]})`; undecided
-                positions hold a masked generator's `mask_token_id`.
+                positions hold a masked generator's `mask_token_id`. A continuous one gives `{"latents": [b n c]}`, not
+                scaled and 0 where undecided.
             preview_callback: of a next-token generator with a variable-length tokenizer: called as
                 `callback(num_tokens, images)` with the images decoded from the tokens so far, coarse to fine, as
                 `output_type` says (a tensor where that is `"tokens"`).
             preview_at: after how many tokens; 1, 2, 4, 8, ... by default.
 
         Raises:
-            ValueError: an unknown class, an ambiguous name, a setting outside its range or of the other kind of
+            ValueError: an unknown class, an ambiguous name, a setting outside its range or of another kind of
                 generator, a negative class without guidance, tokens or a mask that do not fit, or a length or previews
                 that are not possible.
         """
         check_request(output_type, num_images_per_prompt)
         settings = self._settings(
             num_inference_steps=num_inference_steps,
+            num_steps=num_steps,
+            num_final_inference_steps=num_final_inference_steps,
             guidance_scale=guidance_scale,
             guidance_tokens=guidance_tokens,
             choice_temperature=choice_temperature,
@@ -125,6 +140,8 @@ class ClassToImagePipeline(ImagePipeline):
             top_k=top_k,
             top_p=top_p,
             typical_p=typical_p,
+            integrator=integrator,
+            reuse_period=reuse_period,
         )
         classes = self.class_indices(class_labels)
         labels = classes.repeat_interleave(num_images_per_prompt)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from vistok.decoding.flow_sampling import generate_flow
 from vistok.decoding.given import Given
+from vistok.decoding.mar_sampling import generate_mar
 from vistok.decoding.masked import generate_masked
 from vistok.decoding.ordered import StepCallback, generate_ordered
 from vistok.decoding.sampling import LogitsProcessor
-from vistok.decoding.streams import UniformSource
+from vistok.decoding.streams import ImageStreams
 from vistok.models.generators.base import Condition, Generator, MaskedGenerator, OrderedGenerator
+from vistok.models.generators.mar import MAR
+from vistok.models.generators.xar import XAR
 from vistok.order import GivenFirst, PermutationOrder, RasterOrder
-from vistok.pipelines.settings import MaskedSettings, OrderedSettings, Settings
+from vistok.pipelines.settings import (
+    DiffusionSettings,
+    FlowSettings,
+    MaskedSettings,
+    OrderedSettings,
+    Settings,
+)
 from vistok.tokens import Tokens
 
 
@@ -31,13 +43,55 @@ class Conditions:
     null: Condition | None = None
     later_null: Condition | None = None
 
+    def labels(self) -> tuple[Tensor, Tensor | None]:
+        """`rows` and `null`, where they are class labels."""
+        assert isinstance(self.rows, Tensor) and isinstance(self.null, Tensor | None)
+        return self.rows, self.null
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks of a loop besides its settings.
+
+    Args:
+        conditions: what the images are drawn from.
+        streams: one per image.
+        lengths: `[b]`, how many tokens of each image are wanted.
+        given: tokens that stay.
+        logits_processor: changes the guided logits of every step.
+        on_step: called after every step.
+    """
+
+    conditions: Conditions
+    streams: ImageStreams
+    lengths: Tensor
+    given: Given | None
+    logits_processor: LogitsProcessor | None
+    on_step: StepCallback
+
 
 def num_steps(model: Generator, settings: Settings, lengths: Tensor) -> int:
     """Steps until images of `lengths [b]` are drawn."""
     if isinstance(settings, MaskedSettings):
         return settings.num_inference_steps
-    assert isinstance(model, OrderedGenerator)
+    if isinstance(settings, DiffusionSettings):
+        assert settings.num_steps is not None
+        return settings.num_steps
+    assert isinstance(model, OrderedGenerator | XAR)
     return int(lengths.max()) if isinstance(model.order, RasterOrder) else model.order.num_steps
+
+
+def check_codes(model: Generator, *, has_given: bool, logits_processor: LogitsProcessor | None) -> None:
+    """Raises ValueError when a generator of continuous tokens is asked for what only one of codes can do."""
+    name = type(model).__name__
+    if model.codebook_size is None and has_given:
+        raise ValueError(
+            f"{name} draws all of its continuous tokens: tokens and keep need a generator of codes"
+        )
+    if model.codebook_size is None and logits_processor is not None:
+        raise ValueError(
+            f"{name} draws continuous tokens and has no logits: a logits_processor needs a generator of codes"
+        )
 
 
 def followed_order(model: Generator, given: Given | None) -> Generator:
@@ -48,7 +102,11 @@ def followed_order(model: Generator, given: Given | None) -> Generator:
     Raises:
         ValueError: the images of the batch keep different tokens, which would need an order each.
     """
-    if given is None or not isinstance(model, OrderedGenerator) or not isinstance(model.order, PermutationOrder):
+    if (
+        given is None
+        or not isinstance(model, OrderedGenerator)
+        or not isinstance(model.order, PermutationOrder)
+    ):
         return model
     if not bool((given.keep == given.keep[:1]).all()):
         raise ValueError(
@@ -58,47 +116,78 @@ def followed_order(model: Generator, given: Given | None) -> Generator:
     return model.with_order(GivenFirst(model.num_tokens, model.order, positions))
 
 
-def draw(
-    model: Generator,
-    conditions: Conditions,
-    settings: Settings,
-    *,
-    streams: UniformSource,
-    lengths: Tensor,
-    given: Given | None,
-    logits_processor: LogitsProcessor | None,
-    on_step: StepCallback,
-) -> Tokens:
-    """The first `lengths [b]` tokens of every image, with the loop of the model's kind."""
-    if isinstance(model, MaskedGenerator):
-        assert isinstance(settings, MaskedSettings) and isinstance(conditions.rows, Tensor)
-        indices = generate_masked(
-            model,
-            conditions.rows,
-            streams=streams,
-            sampling=settings.sampling,
-            guidance=settings.guidance,
-            null_labels=conditions.null,  # type: ignore[arg-type]
-            given=given,
-            logits_processor=logits_processor,
-            on_step=on_step,
-        )
-        return Tokens(indices=indices, codebook_size=model.codebook_size, layout=model.layout).keep(lengths)
-    assert isinstance(model, OrderedGenerator) and isinstance(settings, OrderedSettings)
+def draw(model: Generator, settings: Settings, request: Request) -> Tokens:
+    """The first `request.lengths` tokens of every image, with the loop that goes with the settings."""
+    return LOOPS[type(settings)](model, settings, request).keep(request.lengths)
+
+
+def _draw_ordered(model: OrderedGenerator, settings: OrderedSettings, request: Request) -> Tokens:
+    given, most = request.given, int(request.lengths.max())
     return generate_ordered(
         model,
-        conditions.rows,
-        streams=streams,
-        num_tokens=lengths,
+        request.conditions.rows,
+        streams=request.streams,
+        num_tokens=request.lengths,
         sampling=settings.sampling,
         guidance=settings.guidance(model.order),
-        null_condition=conditions.null,
-        later_null_condition=conditions.later_null,
-        given=None if given is None else _first(given, int(lengths.max())),
-        logits_processor=logits_processor,
-        on_step=on_step,
+        null_condition=request.conditions.null,
+        later_null_condition=request.conditions.later_null,
+        given=None if given is None else Given(given.indices[:, :most], given.keep[:, :most]),
+        logits_processor=request.logits_processor,
+        on_step=request.on_step,
     )
 
 
-def _first(given: Given, num_tokens: int) -> Given:
-    return Given(given.indices[:, :num_tokens], given.keep[:, :num_tokens])
+def _draw_masked(model: MaskedGenerator, settings: MaskedSettings, request: Request) -> Tokens:
+    labels, null_labels = request.conditions.labels()
+    indices = generate_masked(
+        model,
+        labels,
+        streams=request.streams,
+        sampling=settings.sampling,
+        guidance=settings.guidance,
+        null_labels=null_labels,
+        given=request.given,
+        logits_processor=request.logits_processor,
+        on_step=request.on_step,
+    )
+    return Tokens(indices=indices, codebook_size=model.codebook_size, layout=model.layout)
+
+
+def _draw_flow(model: XAR, settings: FlowSettings, request: Request) -> Tokens:
+    labels, null_labels = request.conditions.labels()
+    return generate_flow(
+        model,
+        labels,
+        streams=request.streams,
+        num_inference_steps=settings.denoising_steps(model.order.num_steps),
+        head=settings.head,
+        guidance=settings.guidance,
+        null_labels=null_labels,
+        on_step=request.on_step,
+    )
+
+
+def _draw_mar(model: MAR, settings: DiffusionSettings, request: Request) -> Tokens:
+    labels, null_labels = request.conditions.labels()
+    steps = num_steps(model, settings, request.lengths)
+    return generate_mar(
+        model,
+        labels,
+        streams=request.streams,
+        num_steps=steps,
+        num_inference_steps=settings.denoising_steps(steps),
+        head=settings.head,
+        guidance=settings.guidance,
+        null_labels=null_labels,
+        reuse=settings.reuse,
+        on_step=request.on_step,
+    )
+
+
+LOOPS: dict[type[Settings], Callable[[Any, Any, Request], Tokens]] = {
+    OrderedSettings: _draw_ordered,
+    MaskedSettings: _draw_masked,
+    FlowSettings: _draw_flow,
+    DiffusionSettings: _draw_mar,
+}
