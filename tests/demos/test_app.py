@@ -134,6 +134,16 @@ def test_a_model_of_classes_gets_a_class_box(tmp_path: Path, family: str) -> Non
     assert [image.tobytes() for image in drawn] == [image.tobytes() for image in expected]
 
 
+def test_a_model_without_a_temperature_gets_no_slider_for_it(tmp_path: Path) -> None:
+    from vistok.demos import app
+
+    pipeline = make_pipeline("xar-cells")
+    pipeline.save_pretrained(tmp_path)
+    assert components(app.build_app(str(tmp_path)), "slider", "Temperature") == []
+    (drawn,) = app.generate(pipeline, "3", 7.0, 1.0, 2.0)
+    assert drawn.tobytes() == pipeline(3, seed=7, guidance_scale=2.0).images[0].tobytes()
+
+
 def test_a_model_that_draws_nothing_is_refused(model: Path) -> None:
     from vistok.demos.app import build_app
 

@@ -81,17 +81,19 @@ def generate(
     seed: float,
     num_images: float,
     guidance_scale: float,
-    temperature: float,
+    temperature: float | None = None,
 ) -> list[Image.Image]:
     """What the button of the first tab does; numbers come from the browser as floats."""
     draw: Any = pipeline
-    settings = {"guidance_scale": guidance_scale, _temperature_of(pipeline): temperature}
+    settings: dict[str, float | None] = {"guidance_scale": guidance_scale}
+    if (name := _temperature_of(pipeline)) is not None:
+        settings[name] = temperature
     return draw(prompt, num_images_per_prompt=int(num_images), seed=int(seed), **settings).images
 
 
-def _temperature_of(pipeline: ImagePipeline) -> str:
-    """What the kind of the generator calls its randomness."""
-    return next(name for name in TEMPERATURES if name in pipeline.sampling_settings())
+def _temperature_of(pipeline: ImagePipeline) -> str | None:
+    """What the kind of the generator calls its randomness; `None` where that is fixed."""
+    return next((name for name in TEMPERATURES if name in pipeline.sampling_settings()), None)
 
 
 @torch.inference_mode()
@@ -111,8 +113,6 @@ def reconstruct(
 
 def _generation_tab(pipeline: ImagePipeline) -> None:
     preset = pipeline.sampling_settings()
-    temperature_name = _temperature_of(pipeline)
-    lowest, highest, step = TEMPERATURES[temperature_name]
     if isinstance(pipeline, ClassToImagePipeline):
         prompt = gr.Textbox("0", label="Class", info="its number, or its ImageNet name", elem_id="prompt")
     else:
@@ -123,12 +123,10 @@ def _generation_tab(pipeline: ImagePipeline) -> None:
         guidance_scale = gr.Slider(
             1, 10, preset["guidance_scale"], step=0.1, label="Guidance scale", info="1 is off"
         )
-        temperature = gr.Slider(
-            lowest, highest, preset[temperature_name], step=step, label="Temperature", info="low is careful"
-        )
+        temperature = _temperature_slider(_temperature_of(pipeline), preset)
     button = gr.Button("Draw", variant="primary")
     gallery = gr.Gallery(label="Images", elem_id="images", columns=4, height="auto", format="png")
-    inputs = [prompt, seed, num_images, guidance_scale, temperature]
+    inputs = [prompt, seed, num_images, guidance_scale, *temperature]
     gr.on(
         [button.click, prompt.submit],
         _showing_errors(functools.partial(generate, pipeline)),
@@ -136,6 +134,14 @@ def _generation_tab(pipeline: ImagePipeline) -> None:
         gallery,
         api_name="generate",
     )
+
+
+def _temperature_slider(name: str | None, preset: dict[str, Any]) -> list[gr.Slider]:
+    """One slider, or none where there is nothing to choose."""
+    if name is None:
+        return []
+    lowest, highest, step = TEMPERATURES[name]
+    return [gr.Slider(lowest, highest, preset[name], step=step, label="Temperature", info="low is careful")]
 
 
 def _tokenization_tab(tokenizer: ImageTokenizer) -> None:
