@@ -1,4 +1,4 @@
-"""A CIFAR-10 of a few images, and a tokenizer for its 32 pixels with a grid of 4 x 4 tokens."""
+"""A CIFAR-10 of a few images, and tokenizers for its 32 pixels with 16 tokens, on a grid and in a sequence."""
 
 from __future__ import annotations
 
@@ -36,4 +36,20 @@ def save_tiny_tokenizer(folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"dim": 32, "dim_mults": (1, 1, 1, 1), "depth": 1, "latent_dim": 8, "codebook_dim": 4}
     vistok.VQGAN(image_size=32, codebook_size=CODEBOOK_SIZE, **sizes).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_sequence_tokenizer(folder: Path) -> Path:
+    """A ConvTiTok with random weights."""
+    torch.manual_seed(0)
+    sizes = {
+        "dim": 16,
+        "encoder_depth": 1,
+        "decoder_depth": 1,
+        "num_heads": 2,
+        "conv_dim": 8,
+        "conv_depth": 1,
+    }
+    model = vistok.ConvTiTok(image_size=32, num_tokens=NUM_TOKENS, levels=(4, 2), **sizes)
+    model.save_pretrained(folder)
     return folder

@@ -99,10 +99,14 @@ def test_all_generators_are_trained_measured_and_reported_once(
     def fail(*arguments):
         raise AssertionError("what is done must not be done again")
 
-    for name in ("run", "measure_quality"):
-        monkeypatch.setattr(generator_comparison, name, fail)
+    monkeypatch.setattr(generator_comparison, "run", fail)
+    more = {**content, "evaluation": {**content["evaluation"], "guidance_scales": [1.0, 2.0, 3.0]}}
+    main([str(write(more)), *command[1:]])  # another scale, measured on top of what is there
+    points = json.loads(capsys.readouterr().out)["rows"][0]["points"]
+    assert points[:2] == report["rows"][0]["points"] and points[2]["guidance_scale"] == 3.0
+    monkeypatch.setattr(generator_comparison, "measure_quality", fail)
     main(command)
-    assert json.loads(capsys.readouterr().out)["rows"][0]["points"] == report["rows"][0]["points"]
+    assert json.loads(capsys.readouterr().out)["rows"][0]["points"] == points
     with pytest.raises(AssertionError, match="must not be done again"):
         main([*command[:-1], "11"])
 

@@ -17,7 +17,7 @@ from vistok.models.layers.kv_cache import KVCache
 from vistok.tokens import Tokens
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_flow(
     model: XAR,
     class_labels: Tensor,

@@ -27,7 +27,7 @@ class Source(UniformSource, NormalSource, Protocol):
     """Uniform and normal draws."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_mar(
     model: MAR,
     class_labels: Tensor,

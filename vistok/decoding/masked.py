@@ -54,7 +54,7 @@ class MaskedSamplingParams:
         return 1 - (step + 1) / self.num_steps
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_masked(
     model: MaskedGenerator,
     class_labels: Tensor,

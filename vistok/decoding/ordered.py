@@ -18,7 +18,7 @@ from vistok.tokens import Tokens
 StepCallback = Callable[[int, Tensor], None]  # (step, indices [b n], decided up to and including the step)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_ordered(
     model: OrderedGenerator,
     condition: Condition,

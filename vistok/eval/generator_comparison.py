@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,20 @@ from torch import Tensor
 
 import vistok
 from vistok.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, load_cifar10
-from vistok.eval.comparison_recipe import Comparison, Contestant, load_comparison, own_comparisons
+from vistok.eval.comparison_recipe import (
+    Comparison,
+    Contestant,
+    EvaluationOptions,
+    load_comparison,
+    own_comparisons,
+)
 from vistok.eval.features import FeatureExtractor, load_extractor
 from vistok.eval.fid import FeatureSet, FidResult, compare_features, extract_features
 from vistok.eval.generator_comparison_report import Report, write_report
 from vistok.eval.generator_measures import (
     Point,
     Row,
+    Sampling,
     balanced_labels,
     decode,
     measure_quality,
@@ -102,55 +109,80 @@ class Reference:
         return torch.cat(rows)
 
 
+@dataclass
+class Progress:
+    """What is done of one generator; kept in its folder."""
+
+    losses: dict[str, float]
+    points: list[Point]
+
+    def get(self, sampling: Sampling, guidance_scale: float) -> Point | None:
+        """What was measured with this way of sampling."""
+        wanted = sampling, guidance_scale
+        return next((one for one in self.points if (one.sampling, one.guidance_scale) == wanted), None)
+
+
 def work_on(contestant: Contestant, comparison: Comparison, folder: Path) -> None:
-    """Train a generator in `folder/name` and measure its quality there, unless that is done."""
-    own = folder / contestant.name
-    if _measured(contestant, comparison, folder) is not None:
+    """Train a generator in `folder/name` and measure its quality there, as far as that is not done."""
+    own, options = folder / contestant.name, comparison.evaluation
+    key = _key(contestant, options)
+    done = _read(own, key) or Progress(run(contestant.recipe, own), [])
+    _write(own, key, done)
+    missing = [
+        (sampling, scale)
+        for sampling in contestant.samplings
+        for scale in options.guidance_scales
+        if done.get(sampling, scale) is None
+    ]
+    if not missing:
         return
-    losses = run(contestant.recipe, own)
     reference = Reference(comparison, folder)
-    model = load(own / "model")
-    options = comparison.evaluation
-    points = [
-        measure_quality(
+    model, real = load(own / "model"), reference.real()
+    for sampling, scale in missing:
+        point = measure_quality(
             model,
             reference.tokenizer,
-            reference.real(),
+            real,
             extractor=reference.extractor,
             sampling=sampling,
-            guidance_scales=options.guidance_scales,
+            guidance_scale=scale,
             num_samples=options.num_samples,
         )
-        for sampling in contestant.samplings
-    ]
-    found = {"losses": losses, "points": [[asdict(point) for point in few] for few in points]}
-    with atomic_path(own / "measured.json") as partial:
-        partial.write_text(json.dumps({"of": _key(contestant, comparison), **found}, indent=2) + "\n")
+        done.points.append(point)
+        _write(own, key, done)
 
 
-def _key(contestant: Contestant, comparison: Comparison) -> Any:
-    """What the measurements of a generator depend on, as plain data."""
-    options = comparison.evaluation
-    quality = [options.num_samples, options.num_reference, options.extractor, options.guidance_scales]
-    samplings = [asdict(sampling) for sampling in contestant.samplings]
-    return json.loads(json.dumps([contestant.recipe.to_dict(), samplings, quality]))
+def _key(contestant: Contestant, options: EvaluationOptions) -> Any:
+    """What the measurements of a generator depend on, besides the sampling, as plain data."""
+    quality = [options.num_samples, options.num_reference, options.extractor]
+    return json.loads(json.dumps([contestant.recipe.to_dict(), quality]))
 
 
-def _measured(contestant: Contestant, comparison: Comparison, folder: Path) -> dict[str, Any] | None:
-    path = folder / contestant.name / "measured.json"
+def _read(own: Path, key: Any) -> Progress | None:
+    """What was written for the same `key`, or nothing."""
+    path = own / "measured.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if found.get("of") == _key(contestant, comparison) else None
+    if found.get("of") != key:
+        return None
+    points = [Point(**{**point, "sampling": Sampling(**point["sampling"])}) for point in found["points"]]
+    return Progress(found["losses"], points)
+
+
+def _write(own: Path, key: Any, done: Progress) -> None:
+    with atomic_path(own / "measured.json") as partial:
+        partial.write_text(json.dumps({"of": key, **asdict(done)}, indent=2) + "\n")
 
 
 def make_rows(
     contestant: Contestant, comparison: Comparison, folder: Path, tokenizer: ImageTokenizer
 ) -> list[Row]:
     """The results of a generator that was worked on; measures the times."""
-    found = _measured(contestant, comparison, folder)
-    assert found is not None
-    model, options = load(folder / contestant.name / "model"), comparison.evaluation
+    own, options = folder / contestant.name, comparison.evaluation
+    done = _read(own, _key(contestant, options))
+    assert done is not None
+    model = load(own / "model")
     rows = []
-    for sampling, points in zip(contestant.samplings, found["points"], strict=True):
+    for sampling in contestant.samplings:
         seconds = {
             batch_size: seconds_per_image(
                 model,
@@ -169,8 +201,8 @@ def make_rows(
             order=_order_name(model, contestant.recipe),
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             num_steps=sampling.steps(model),
-            losses=found["losses"],
-            points=[Point(**point) for point in points],
+            losses=done.losses,
+            points=[point for scale in options.guidance_scales if (point := done.get(sampling, scale))],
             seconds=seconds,
         )
         logger.info("%s", row)

@@ -163,6 +163,8 @@ def _protocol(report: Report) -> list[str]:
         f"- Training: {training['num_steps']} steps of {training['batch_size']} images for every generator "
         f"({report.num_training_images:,} images, of 50,000), learning rate {training['lr']:g}, classes dropped with "
         f"probability {recipe['task'].get('label_dropout', 0.1):g}, seed {recipe['seed']}; tokens of {report.tokenizer}.",
+        "- Equal work is counted in images. A training step of an AnyOrderAR takes longer than those of the others: it reads "
+        "every position twice, as content and as query.",
         f"- Fréchet distance: {options.num_samples} images, equally many of each class, against {floor.real}; features "
         f"of {floor.extractor} ({floor.weights}), {floor.preprocessing}, {floor.rounding}. Not comparable with "
         f"Inception's.{note} The best of the scales below, the same for all; constant guidance, otherwise the model's own "

@@ -49,8 +49,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Point:
-    """Quality at one guidance scale."""
+    """Quality with one way of sampling."""
 
+    sampling: Sampling
     guidance_scale: float
     frechet_distance: float
     kernel_distance: float | None  # None with fewer than 100 images
@@ -127,18 +128,15 @@ def measure_quality(
     *,
     extractor: FeatureExtractor,
     sampling: Sampling,
-    guidance_scales: Sequence[float],
+    guidance_scale: float,
     num_samples: int,
-) -> list[Point]:
-    """Distance of samples, equally many of each class, from `real` images, at every guidance scale."""
+) -> Point:
+    """Distance of samples, equally many of each class, from `real` images."""
     labels = balanced_labels(num_samples, model.num_classes)
-    points = []
-    for scale in guidance_scales:
-        batches = draw_images(model, tokenizer, labels, sampling, scale)
-        made = extract_features(batches, extractor, name=f"guidance {scale:g}")
-        result = compare_features(real, made, extractor=extractor)
-        points.append(Point(scale, result.fid, result.kid))
-    return points
+    batches = draw_images(model, tokenizer, labels, sampling, guidance_scale)
+    made = extract_features(batches, extractor, name=f"{sampling} guidance {guidance_scale:g}".strip())
+    result = compare_features(real, made, extractor=extractor)
+    return Point(sampling, guidance_scale, result.fid, result.kid)
 
 
 def seconds_per_image(

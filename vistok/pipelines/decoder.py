@@ -41,7 +41,7 @@ class ImageDecoder:
                 raise ValueError(f"{name} is not a decoding option of a {type(tokenizer).__name__}")
         self.seeds = streams.seeds() if "generator" in known else None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, tokens: Tokens) -> Tensor:
         """Images `[b 3 H W]` in [-1, 1]."""
         options = self.options

@@ -264,7 +264,7 @@ class Verification:
     decision: Decision
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_speculative(
     draft: MAR,
     target: MAR,
