@@ -192,7 +192,7 @@ def test_orders_are_made_by_name(name: str, num_tokens: int, layout: Layout, exp
         ("raster-2", Layout(), "unknown order 'raster-2'"),
         ("raster-", Layout(), "unknown order 'raster-'"),
         ("diagonal", Layout(), "needs tokens on a grid, these are a sequence"),
-        ("diagonal", Layout(scales=((4, 4),)), "needs tokens on a grid"),
+        ("diagonal", Layout(scales=((2, 2), (4, 4))), "needs tokens on a grid"),
         ("diagonal", Layout((4, 5)), r"a grid \[4, 5\] does not have 16 positions"),
         ("cells-3", Layout((4, 4)), r"a grid \[4, 4\] cannot be cut into cells of 3"),
         ("cells-0", Layout((4, 4)), "cannot be cut into cells of 0"),

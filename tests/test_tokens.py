@@ -184,3 +184,14 @@ def test_bad_layouts_are_refused(arguments, message):
 def test_bad_tokens_are_refused_with_the_reason(arguments, message):
     with pytest.raises(ValueError, match=message):
         Tokens(**arguments)
+
+
+@pytest.mark.parametrize("text", ["16*16", "4+8x8", "", "x", "4x", "grid"])
+def test_texts_that_are_no_layout_are_refused(text):
+    with pytest.raises(ValueError, match="a layout reads 'sequence', '16x16'"):
+        Layout.parse(text)
+
+
+def test_a_pyramid_has_several_scales():
+    with pytest.raises(ValueError, match="at least two scales"):
+        Layout(scales=((4, 4),))

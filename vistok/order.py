@@ -158,6 +158,8 @@ class ScaleOrder(Order):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if min((size for scale in self.scales for size in scale), default=0) < 1:
+            raise ValueError(f"every scale has at least one row and column, got {list(self.scales)}")
         if sum(h * w for h, w in self.scales) != self.num_tokens:
             raise ValueError(f"scales {list(self.scales)} do not have {self.num_tokens} positions together")
 
@@ -215,9 +217,10 @@ class ConfidenceOrder(Order):
         return self.prediction_mask()
 
     def num_masked_after(self, step: int, num_masked: int) -> int:
-        """Positions left masked after `step`, of `num_masked` before it; at least one is decided at each step.
+        """Positions left masked after `step`, of `num_masked` before it.
 
-        While more than one step remains at least one position stays masked, so that the last step has work.
+        At least one is decided, unless it is the last one that is masked: while more than one step remains it stays so,
+        and the last step has work.
         """
         if step + 1 == self.steps:
             return 0

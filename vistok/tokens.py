@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,8 @@ class Layout:
     def __post_init__(self) -> None:
         if self.grid is not None and self.scales is not None:
             raise ValueError("a layout is a grid or a pyramid of scales, and not both")
+        if self.scales is not None and len(self.scales) < 2:
+            raise ValueError(f"a pyramid has at least two scales, got {list(self.scales)}; one is a grid")
         sizes = self.grid if self.scales is None else [size for scale in self.scales for size in scale]
         if sizes is not None and (not len(sizes) or min(sizes) < 1):
             raise ValueError(f"the sizes of a layout are at least 1, got {self.grid or self.scales}")
@@ -38,9 +41,15 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """Inverse of `str(layout)`."""
+        """Inverse of `str(layout)`.
+
+        Raises:
+            ValueError: the text is none.
+        """
         if text == "sequence":
             return cls()
+        if not re.fullmatch(r"\d+(x\d+)*|\d+x\d+(\+\d+x\d+)+", text):
+            raise ValueError(f"a layout reads 'sequence', '16x16', '4x8x8' or '1x1+2x2+4x4', got {text!r}")
         grids = [tuple(int(size) for size in part.split("x")) for part in text.split("+")]
         return cls(grids[0]) if len(grids) == 1 else cls(scales=tuple((h, w) for h, w in grids))
 

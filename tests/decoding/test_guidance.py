@@ -12,7 +12,7 @@ from vistok.decoding.guidance import (
 
 def test_scale_one_gives_back_the_conditional_prediction():
     cond, uncond = torch.randn(2, 5), torch.randn(2, 5)
-    torch.testing.assert_close(apply_guidance(cond, uncond, 1.0), cond)
+    assert torch.equal(apply_guidance(cond, uncond, 1.0), cond)
     torch.testing.assert_close(apply_guidance(cond, uncond, 0.0), uncond)
     torch.testing.assert_close(apply_guidance(cond, uncond, 3.0), cond + 2 * (cond - uncond))
 
@@ -23,6 +23,12 @@ def test_ramps_start_off_and_rise_towards_the_scale(schedule):
     assert scales[0] == 1.0
     assert scales == sorted(scales)
     assert 4.0 < scales[-1] < 5.0
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, float("nan")])
+def test_a_power_that_is_not_above_zero_is_refused(power):
+    with pytest.raises(ValueError, match="guidance_power must be above 0"):
+        PowerCosineGuidance(2.0, power)
 
 
 def test_constant_is_constant():

@@ -90,6 +90,13 @@ def test_a_later_null_condition_replaces_the_first_from_the_second_token_on(mode
     assert not torch.equal(tokens, draw(model, sampling=SamplingParams(top_k=1), guidance=GUIDED).data)
 
 
+def test_callbacks_get_tokens_that_later_steps_do_not_change(model) -> None:
+    seen = []
+    tokens = draw(model, on_step=lambda step, indices: seen.append(indices))
+    assert torch.equal(seen[-1], tokens.data)
+    assert (seen[0][:, 1:] == 0).all() and torch.equal(seen[0][:, 0], tokens.data[:, 0])
+
+
 def test_a_null_condition_can_be_given(model, monkeypatch) -> None:
     expected = draw(model, guidance=GUIDED)
     null = model.null_condition(3)

@@ -197,3 +197,9 @@ def test_an_images_mark_does_not_depend_on_its_neighbours(model) -> None:
     together = draw(model, [3, 4, 5], Watermark.for_seeds(key, [3, 4, 5], 4.0))
     alone = draw(model, [4], Watermark.for_seeds(key, [4], 4.0))
     assert torch.equal(alone.data[0], together.data[1])
+
+
+def test_tokens_that_say_nothing_are_no_mark():
+    """Every code once: any list has the same count."""
+    (found,) = detect(Tokens(indices=torch.arange(16)[None], codebook_size=16), WatermarkKey("k", 16))
+    assert (found.z_score, found.p_value) == (0.0, 1.0)

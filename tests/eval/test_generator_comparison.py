@@ -155,9 +155,16 @@ def test_the_budget_is_cut_and_the_warm_up_with_it(content, write, tmp_path):
         ({"generators": {"a": {"sampling": [{"steps": 3}]}}}, "unknown key 'steps'"),
         (
             {"generators": {"a": {}, "b": {"optimization": {"num_steps": 9}}}},
-            "b has a num_steps of its own; all see the same images",
+            "b has its own optimization; all are trained alike",
         ),
-        ({"generators": {"a": {}, "b": {"task": {"cifar10": "x"}}}}, "b has a cifar10 of its own"),
+        ({"generators": {"a": {}, "b": {"task": {"cifar10": "x"}}}}, "b has its own task; only random_orders may differ"),
+        ({"generators": {"a": {}, "b": {"seed": 7}}}, "b has its own seed"),
+        (
+            {"generators": {"a": {"model_class": "NARClass", "sampling": [{"num_steps": 3}]}}},
+            "a is a NARClass, sampling is of masked generators",
+        ),
+        ({"evaluation": {"guidance_scales": [0.5]}}, "guidance_scale must be at least 1"),
+        ({"evaluation": {"num_samples": 0}}, "num_samples must be at least 1, got 0"),
     ],
 )
 def test_bad_comparisons_are_refused(content, write, tmp_path, change, message):

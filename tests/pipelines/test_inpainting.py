@@ -174,3 +174,8 @@ def test_regions_of_a_grid() -> None:
         ValueError, match="needs tokens on a grid of rows and columns, and these are a sequence"
     ):
         region_mask(SEQUENCE, *SIDES["top"])
+
+
+def test_what_stays_lies_within_the_tokens_that_are_asked_for(pipelines: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="keep marks token 4 of image 0, of which 4 are asked for"):
+        pipelines["flex-ar-class"](1, tokens=picture(SEQUENCE), keep=mask(0, 4), num_tokens=4)

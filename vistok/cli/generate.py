@@ -92,7 +92,7 @@ def generate(
     ] = None,
     watermark: Annotated[
         str | None,
-        typer.Option(metavar="KEY", help="Mark the images with a secret text; `vistok detect` finds it."),
+        typer.Option(metavar="KEY", help="Mark the images with a secret text; see docs/generators.md for how well `vistok detect` finds it."),
     ] = None,
     watermark_strength: Annotated[
         float | None,
@@ -189,7 +189,7 @@ def sampling_settings(pipeline: ImagePipeline, **given: Any) -> dict[str, Any]:
         if name not in names:
             raise ValueError(
                 f"--{name.replace('_', '-')} is not a setting of a {type(pipeline.transformer).__name__}; "
-                f"it has {', '.join(known)}"
+                f"it has {', '.join(names)}"
             )
     return {names[name]: value for name, value in chosen.items()}
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 def apply_guidance(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
     """Move predictions away from the unconditional ones; both of one shape. A scale of 1.0 gives back `cond`."""
+    if guidance_scale == 1.0:
+        return cond
     return uncond + guidance_scale * (cond - uncond)
 
 
@@ -98,6 +100,8 @@ class PowerCosineGuidance:
 
     def __post_init__(self) -> None:
         check_guidance_scale(self.scale)
+        if not 0 < self.power < float("inf"):
+            raise ValueError(f"guidance_power must be above 0 and finite, got {self.power}")
 
     def at(self, step: int, num_steps: int) -> float:
         progress = (1 - math.cos(math.pi * (step / num_steps) ** self.power)) / 2

@@ -82,7 +82,7 @@ def generate_ordered(
         drawn = sample(logits, sampling, streams.uniform(len(positions))).to(indices.device)  # [b k]
         indices[:, positions] = drawn if given is None else given.put(drawn, positions)
         if on_step is not None:
-            on_step(step, indices)
+            on_step(step, indices.clone())
         if step + 1 == order.num_steps:
             break
         if step == 0 and is_guided and later_null_condition is not None:

@@ -39,7 +39,7 @@ class SamplingParams:
                 f"temperature must be above 0, got {self.temperature}; for greedy decoding use top_k=1"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to keep all ids")
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}; the size of the codebook keeps all ids")
         for name in ("top_p", "typical_p"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}; 1 keeps all ids")
@@ -48,7 +48,7 @@ class SamplingParams:
         """Raises ValueError when `top_k` is larger than the vocabulary."""
         if self.top_k is not None and self.top_k > vocab_size:
             raise ValueError(
-                f"top_k {self.top_k} is larger than the vocabulary of {vocab_size}; leave it out to keep all ids"
+                f"top_k {self.top_k} is larger than the vocabulary of {vocab_size}; {vocab_size} keeps all ids"
             )
 
 

@@ -163,7 +163,7 @@ def _detect_one(indices: Tensor, key: WatermarkKey) -> Detection:
     tail = green_tail(tuple(sorted(counts.tolist())), key.codebook_size, key.num_green)
     p_value = float(tail[sums[best]])
     return Detection(
-        z_score=(int(sums[best]) - mean) / math.sqrt(variance),
+        z_score=(int(sums[best]) - mean) / math.sqrt(variance) if variance else 0.0,
         p_value=-math.expm1(key.num_lists * math.log1p(-p_value)) if p_value < 1 else 1.0,
         list_number=best,
     )

@@ -8,7 +8,10 @@ from typing import Any
 
 import yaml
 
+import vistok
+from vistok.decoding.guidance import check_guidance_scale
 from vistok.eval.generator_measures import Sampling
+from vistok.models.generators.base import MaskedGenerator
 from vistok.training.recipe import Recipe, from_mapping, parse_recipe
 
 COMPARISONS = Path(__file__).parent / "comparisons"
@@ -27,6 +30,13 @@ class EvaluationOptions:
     repeats: int = 5  # timed batches of each size; the median counts
     seeds_per_class: int = 8  # of the pictures
 
+    def __post_init__(self) -> None:
+        for scale in self.guidance_scales:
+            check_guidance_scale(scale)
+        for name in ("num_samples", "num_reference", "repeats", "seeds_per_class"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -35,6 +45,18 @@ class Contestant:
     name: str
     recipe: Recipe
     samplings: tuple[Sampling, ...]
+
+    def check_samplings(self) -> None:
+        """Raises ValueError when a generator with a fixed order has settings of masked ones."""
+        model_class = getattr(vistok, str(self.recipe.model_class), object)
+        is_masked = issubclass(model_class, MaskedGenerator)
+        if not is_masked and any(sampling != Sampling() for sampling in self.samplings):
+            raise ValueError(f"{self.name} is a {self.recipe.model_class}, sampling is of masked generators")
+
+
+def _shared(task: dict[str, Any]) -> dict[str, Any]:
+    """What all generators have in common of their tasks."""
+    return {name: value for name, value in task.items() if name != "random_orders"}
 
 
 @dataclass(frozen=True)
@@ -52,12 +74,12 @@ class Comparison:
         first = self.recipe
         for contestant in self.contestants:
             other = contestant.recipe
-            for name in ("num_steps", "batch_size"):
-                if getattr(other.optimization, name) != getattr(first.optimization, name):
-                    raise ValueError(f"{contestant.name} has a {name} of its own; all see the same images")
-            for name in ("tokenizer", "cifar10"):
-                if other.task[name] != first.task[name]:
-                    raise ValueError(f"{contestant.name} has a {name} of its own; all learn the same tokens")
+            for name in ("optimization", "augmentation", "seed"):
+                if getattr(other, name) != getattr(first, name):
+                    raise ValueError(f"{contestant.name} has its own {name}; all are trained alike")
+            if _shared(other.task) != _shared(first.task):
+                raise ValueError(f"{contestant.name} has its own task; only random_orders may differ")
+            contestant.check_samplings()
         if self.evaluation.timed_guidance <= 1:
             raise ValueError(f"timed_guidance must be above 1, got {self.evaluation.timed_guidance}")
 

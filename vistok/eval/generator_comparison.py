@@ -125,7 +125,7 @@ class Progress:
 def work_on(contestant: Contestant, comparison: Comparison, folder: Path) -> None:
     """Train a generator in `folder/name` and measure its quality there, as far as that is not done."""
     own, options = folder / contestant.name, comparison.evaluation
-    key = _key(contestant, options)
+    key = _key(contestant, options, load_tokenizer(contestant.recipe.task["tokenizer"]))
     done = _read(own, key) or Progress(run(contestant.recipe, own), [])
     _write(own, key, done)
     missing = [
@@ -152,9 +152,9 @@ def work_on(contestant: Contestant, comparison: Comparison, folder: Path) -> Non
         _write(own, key, done)
 
 
-def _key(contestant: Contestant, options: EvaluationOptions) -> Any:
+def _key(contestant: Contestant, options: EvaluationOptions, tokenizer: ImageTokenizer) -> Any:
     """What the measurements of a generator depend on, besides the sampling, as plain data."""
-    quality = [options.num_samples, options.num_reference, options.extractor]
+    quality = [options.num_samples, options.num_reference, options.extractor, tokenizer.identity()]
     return json.loads(json.dumps([contestant.recipe.to_dict(), quality]))
 
 
@@ -178,7 +178,7 @@ def make_rows(
 ) -> list[Row]:
     """The results of a generator that was worked on; measures the times."""
     own, options = folder / contestant.name, comparison.evaluation
-    done = _read(own, _key(contestant, options))
+    done = _read(own, _key(contestant, options, tokenizer))
     assert done is not None
     model = load(own / "model")
     rows = []

@@ -42,7 +42,7 @@ class Report:
     reconstructions: FidResult  # of training images, against the same reference: what the tokenizer allows
     originals: FidResult  # the training images themselves: what so few images allow
     evaluation: EvaluationOptions
-    recipe: dict[str, Any]  # of the first generator; the others differ in the model alone
+    recipe: dict[str, Any]  # of the first generator; the others differ in the model and in random_orders alone
     num_training_images: int  # seen by each generator, with repetition
     tokenizer: str
     num_threads: int

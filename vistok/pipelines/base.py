@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from vistok.data.images import to_pil
+from vistok.decoding.given import Given
 from vistok.decoding.ordered import StepCallback, check_num_tokens
 from vistok.decoding.sampling import LogitsProcessor
 from vistok.decoding.streams import ImageStreams
@@ -33,7 +34,7 @@ from vistok.tokens import Tokens
 LOADABLE_CLASSES["vistok"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
-StepEnd = Callable[["ImagePipeline", int, int, dict[str, Any]], dict[str, Any]]
+StepEnd = Callable[["ImagePipeline", int, int, dict[str, Any]], object]  # what it returns is not used
 
 
 @dataclass
@@ -176,6 +177,7 @@ class ImagePipeline(DiffusionPipeline):
         has_given = tokens is not None or keep is not None
         check_codes(self.transformer, has_given=has_given, logits_processor=logits_processor)
         given = given_tokens(self.tokenizer, tokens, keep, total)
+        check_kept(given, lengths)
         streams = self._streams(seed, generator, num_prompts, num_images_per_prompt)
         decoder = self._decoder(streams, decode_options)
         preview = self._preview(preview_callback, preview_at, lengths, decoder, output_type)
@@ -288,6 +290,19 @@ def check_request(output_type: str, num_images_per_prompt: int) -> None:
         raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
 
 
+def check_kept(given: Given | None, lengths: Tensor) -> None:
+    """Raises ValueError when a token stays that its image, of `lengths [b]`, does not have."""
+    if given is None:
+        return
+    beyond = given.keep & (torch.arange(given.keep.shape[1]) >= lengths[:, None])
+    if bool(beyond.any()):
+        row, position = beyond.nonzero()[0].tolist()
+        raise ValueError(
+            f"keep marks token {position} of image {row}, of which {int(lengths[row])} are asked for; "
+            "keep fewer, or raise num_tokens"
+        )
+
+
 def check_negative(name: str, negative: Any, settings: Settings) -> None:
     """Raises ValueError when something is given to guide away from, and guidance is off."""
     if negative is not None and settings.guidance_scale == 1.0:
@@ -306,7 +321,7 @@ def one_per_image(condition: Condition, total: int, name: str) -> Condition:
 def _one_each(generator: Any, total: int) -> list[torch.Generator]:
     """One generator per image, on the CPU, where all randomness is drawn."""
     if isinstance(generator, torch.Generator):
-        return _seeded_from(generator, total) if total > 1 else [_on_cpu(generator)]
+        return _seeded_from(generator, total)
     if len(generator) != total:
         raise ValueError(f"{len(generator)} generators for {total} images; give one, or one for each image")
     return [_on_cpu(one) for one in generator]

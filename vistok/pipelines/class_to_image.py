@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,6 +148,7 @@ class ClassToImagePipeline(ImagePipeline):
         classes = self.class_indices(class_labels)
         labels = classes.repeat_interleave(num_images_per_prompt)
         check_negative("negative_class", negative_class, settings)
+        check_negative("null_class", null_class, settings)
         return self._generate(
             functools.partial(self._conditions, labels, negative_class, null_class),
             len(classes),
@@ -185,7 +188,7 @@ class ClassToImagePipeline(ImagePipeline):
         Raises:
             ValueError: no class given, an index out of range, a name that is unknown, ambiguous or not of ImageNet.
         """
-        is_single = isinstance(class_labels, int | str)
+        is_single = isinstance(class_labels, int | str | np.integer)
         labels: list[Any] = [class_labels] if is_single else list(class_labels)  # type: ignore[arg-type]
         if not labels:
             raise ValueError("no class given; name at least one, by index or name")
@@ -200,7 +203,7 @@ class ClassToImagePipeline(ImagePipeline):
                     f"give an index from 0 to {num_classes - 1} instead of {label!r}"
                 )
             return class_index(label)
-        index = int(label)
+        index = int(label) if isinstance(label, str) else operator.index(label)
         if not 0 <= index < num_classes:
             raise ValueError(f"class {index} is out of range: this generator knows 0 to {num_classes - 1}")
         return index

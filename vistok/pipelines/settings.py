@@ -56,7 +56,7 @@ class OrderedSettings:
         check_guidance_scale(self.guidance_scale)
         if self.guidance_tokens is not None and self.guidance_tokens < 0:
             raise ValueError(
-                f"guidance_tokens must be at least 0, got {self.guidance_tokens}; leave it out to guide all tokens"
+                f"guidance_tokens must be at least 0, got {self.guidance_tokens}; the number of tokens guides all of them"
             )
         _ = self.sampling
 

@@ -192,6 +192,7 @@ class TextToImagePipeline(ImagePipeline):
         if hasattr(self.transformer, "encode_text") and not texts.are_plain:
             raise ValueError(f"{name} reads texts itself: give prompt, not prompt_features")
         check_negative("negative_prompt", texts.negatives or None, settings)
+        check_negative("null_features", texts.null_features, settings)
         is_null_needed = settings.guidance_scale != 1.0 and self._null_prompt is not None
         if texts.features is not None and is_null_needed and not texts.has_null:
             raise ValueError(

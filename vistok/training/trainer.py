@@ -90,7 +90,8 @@ def _step(
     torch.manual_seed((recipe.seed << 32) + step)  # dropout inside models draws from torch's own generator
     batch = task.batch(options.batch_size, generator)
     # On a CPU the backward pass of the plain attention is faster than SDPA's for sequences this short.
-    with attention_backend("reference" if device.type == "cpu" else "auto"):
+    plain = attention_backend("reference") if device.type == "cpu" else contextlib.nullcontext()
+    with plain:
         with autocast(device, options.autocast):
             loss, logs = task.loss(batch)
         _check_finite(loss, step)

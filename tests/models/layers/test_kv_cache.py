@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.kv_cache import KVCache, LayerCache
 
 
 def make(length: int = 4) -> KVCache:
@@ -42,3 +42,9 @@ def test_rollback_forgets_and_new_blocks_overwrite():
 def test_overflow_is_an_error():
     with pytest.raises(ValueError, match="holds 4 positions, 5"):
         make().layers[0].append(block(1, 5), block(1, 5))
+
+
+def test_blocks_of_another_number_of_rows_are_refused():
+    cache = LayerCache(torch.zeros(4, 1, 3, 2), torch.zeros(4, 1, 3, 2))
+    with pytest.raises(ValueError, match="the cache has 4 rows, 1 came"):
+        cache.append(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2))

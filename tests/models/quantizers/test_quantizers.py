@@ -104,3 +104,10 @@ def test_entropy_loss_moves_latents_to_a_code_that_few_use():
         quantizer.entropy_loss(latents).backward()
         optimizer.step()
     assert quantizer.codes_to_indices(latents).float().mean().item() > before + 0.05
+
+
+def test_indices_are_the_same_under_autocast():
+    torch.manual_seed(0)
+    quantizer, latents = VQ(512, 8, use_l2_norm=True), torch.randn(1, 500, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.codes_to_indices(latents), quantizer.quantize(latents).indices)

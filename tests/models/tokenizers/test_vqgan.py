@@ -90,6 +90,8 @@ def test_bfloat16_runs_and_keeps_the_image_range(tokenizer):
     tokenizer.to(torch.bfloat16)
     decoded = tokenizer.decode(tokenizer.encode(images()))
     assert decoded.dtype == torch.bfloat16 and decoded.isfinite().all()
+    reconstructions, _ = tokenizer(images().bfloat16())
+    assert reconstructions.dtype == torch.bfloat16 and reconstructions.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from vistok.models.layers.kv_cache import KVCache, LayerCache
 from vistok.models.layers.mlp import GatedMLP
 from vistok.models.layers.norm import RMSNorm
 from vistok.models.layers.rope import Rotation, axial_rope
-from vistok.order import Order, make_order
+from vistok.order import ConfidenceOrder, Order, make_order
 from vistok.tokens import Layout
 
 
@@ -63,7 +63,13 @@ class AnyOrder(Generator):
         dropout: float,
     ) -> None:
         super().__init__()
-        for name, value in (("codebook_size", codebook_size), ("num_classes", num_classes), ("depth", depth)):
+        sizes = {
+            "codebook_size": codebook_size,
+            "num_classes": num_classes,
+            "depth": depth,
+            "num_heads": num_heads,
+        }
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.codebook_size = codebook_size
@@ -176,6 +182,8 @@ class AnyOrderAR(AnyOrder, OrderedGenerator):  # type: ignore[misc]  # as for Ge
         Raises:
             ValueError: the order is one over another number of tokens.
         """
+        if isinstance(order, ConfidenceOrder):
+            raise ValueError("a confidence order is not fixed; it is for an AnyOrderMasked")
         if order.num_tokens != self.num_tokens:
             raise ValueError(f"this model has {self.num_tokens} tokens, the order has {order.num_tokens}")
         view = copy.copy(self)
@@ -201,6 +209,10 @@ class AnyOrderAR(AnyOrder, OrderedGenerator):  # type: ignore[misc]  # as for Ge
         n, steps = self.num_tokens, self._steps(order)
         if steps.shape not in ((n,), (len(indices), n)):
             raise ValueError(f"an order must be [{n}] or [{len(indices)} {n}] steps, got {list(steps.shape)}")
+        if steps.dtype != torch.int64 or int(steps.min()) < 0:
+            raise ValueError(
+                f"steps are int64 and count from 0, got {steps.dtype} from {steps.min().item()} on"
+            )
         class_rank = torch.full_like(steps[..., :1], -1)
         ranks = torch.cat([class_rank, 2 * steps + 1, 2 * steps], dim=-1)  # [1+2n] or [b 1+2n]
         places = torch.arange(1 + 2 * n, device=indices.device)

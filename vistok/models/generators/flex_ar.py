@@ -85,6 +85,13 @@ class FlexARCache(KVCache):
 
     text: list[TextKeys] | None = None
 
+    def narrow(self, batch_size: int) -> FlexARCache:
+        """See `KVCache.narrow`."""
+        view = super().narrow(batch_size)
+        assert isinstance(view, FlexARCache)
+        view.text = None if self.text is None else [keys.narrow(batch_size) for keys in self.text]
+        return view
+
 
 @dataclass(frozen=True)
 class TextKeys:
@@ -93,6 +100,10 @@ class TextKeys:
     keys: Tensor
     values: Tensor
     keep: Tensor
+
+    def narrow(self, batch_size: int) -> TextKeys:
+        """Those of the first rows."""
+        return TextKeys(self.keys[:batch_size], self.values[:batch_size], self.keep[:batch_size])
 
 
 class FlexAR(OrderedGenerator):

@@ -93,7 +93,7 @@ class GridOptions:
     mlp_dropout: float
 
     def __post_init__(self) -> None:
-        for name in ("codebook_size", "num_tokens", "depth"):
+        for name in ("codebook_size", "num_tokens", "depth", "num_heads", "kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.grid_size**2 != self.num_tokens:
@@ -141,6 +141,13 @@ class GridCache(KVCache):
         self.rope = rope
         self.step_sizes = step_sizes
         self.keep: Tensor | None = None  # [b max_length], False on the padding of a text; prefill sets it
+
+    def narrow(self, batch_size: int) -> GridCache:
+        """See `KVCache.narrow`."""
+        view = super().narrow(batch_size)
+        assert isinstance(view, GridCache)
+        view.keep = None if self.keep is None else self.keep[:batch_size]
+        return view
 
 
 class GridTransformer(OrderedGenerator):
@@ -258,6 +265,8 @@ class GridTransformer(OrderedGenerator):
             ValueError: they do not fit into the cache, or are more than an image has.
         """
         first, last = cache.length, cache.length + indices.shape[1]
+        if first < self.prefix.length:
+            raise ValueError("the cache does not hold the condition: prefill goes before the first step")
         most = min(cache.max_length, self.prefix.length + self.num_tokens)
         if last > most:
             raise ValueError(f"the cache holds {most} positions, {last} were asked for")

@@ -92,10 +92,14 @@ class NAR(GridTransformer):
     def _last_step(self, cache: GridCache) -> tuple[int, int]:
         """The step whose tokens come next into the cache, and how many they are."""
         num_fed = cache.length - self.prefix.length
+        if num_fed < 0:
+            raise ValueError("the cache does not hold the condition: prefill goes before the first step")
         for step, size in enumerate(cache.step_sizes[:-1]):  # nothing follows the last one
             if num_fed == 0:
                 return step, size
             num_fed -= size
+            if num_fed < 0:
+                raise ValueError(f"the cache ends within step {step}; roll it back to the end of a step")
         raise ValueError(f"all {self.num_tokens} tokens are decided, nothing follows")
 
     def forward(self, condition: Any, indices: Tensor) -> Tensor:

@@ -152,6 +152,13 @@ class TextARCache(KVCache):
 
     summary: Tensor
 
+    def narrow(self, batch_size: int) -> TextARCache:
+        """See `KVCache.narrow`; after `prefill`."""
+        view = super().narrow(batch_size)
+        assert isinstance(view, TextARCache)
+        view.summary = self.summary[:batch_size]
+        return view
+
 
 class ByteEncoder(nn.Module):
     """Bytes `[b text_length]` -> features `[b text_length/2 d]` and their summary `[b 1 d]`."""

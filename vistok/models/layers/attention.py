@@ -40,6 +40,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        if dropout and float32_attention:
+            raise ValueError("float32_attention has no dropout; choose one of the two")
         self.num_heads = num_heads
         self.float32_attention = float32_attention
         self.dropout = dropout

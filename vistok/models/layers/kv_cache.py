@@ -20,8 +20,10 @@ class LayerCache:
         """Store a block `[b h n d]` and return views of everything stored, `[b h length d]`.
 
         Raises:
-            ValueError: the block does not fit.
+            ValueError: the block does not fit, or has another number of rows.
         """
+        if len(keys) != len(self.keys):
+            raise ValueError(f"the cache has {len(self.keys)} rows, {len(keys)} came")
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             raise ValueError(f"the cache holds {self.keys.shape[2]} positions, {end} were asked for")

@@ -72,7 +72,8 @@ class VQ(Quantizer):
 
     @torch.no_grad()
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        return self._distances(codes.float()).argmin(dim=-1)
+        with torch.autocast(codes.device.type, enabled=False):
+            return self._distances(codes.float()).argmin(dim=-1)
 
     def _distances(self, latents: Tensor) -> Tensor:
         """Squared distances of `latents [... c]` to all rows, less what is the same for all of them: `[... v]`."""

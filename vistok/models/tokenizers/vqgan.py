@@ -118,7 +118,7 @@ class VQGAN(ImageTokenizer):
         latents = self.encode_latents(images)
         height = latents.shape[2]
         quantized = self.quantizer.quantize(rearrange(latents, "b c h w -> b (h w) c"))
-        codes = rearrange(quantized.codes, "b (h w) c -> b c h w", h=height)
+        codes = rearrange(quantized.codes.to(latents.dtype), "b (h w) c -> b c h w", h=height)
         return self.decode_codes(codes), quantized
 
     @property
