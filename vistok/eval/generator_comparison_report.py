@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from vistok.eval.markdown import table
 from vistok.eval.rate_distortion_report import DPI, PANEL_SIZE, check_plotting
 from vistok.files import atomic_path
 
+MARKERS = "osD^v<>P"
 ENLARGED = 2  # pixels of a picture per pixel of a sample
 LOSSES = {"heldout_nll": "NLL per token, nats", "heldout_masked_loss": "Masked loss, nats"}
 HEADER = [
@@ -42,7 +44,9 @@ class Report:
     reconstructions: FidResult  # of training images, against the same reference: what the tokenizer allows
     originals: FidResult  # the training images themselves: what so few images allow
     evaluation: EvaluationOptions
-    recipe: dict[str, Any]  # of the first generator; the others differ in the model and in random_orders alone
+    recipe: dict[
+        str, Any
+    ]  # of the first generator; the others differ in the model and in random_orders alone
     num_training_images: int  # seen by each generator, with repetition
     tokenizer: str
     num_threads: int
@@ -85,14 +89,14 @@ def _sheet(images: Tensor, columns: int) -> Image.Image:
 def _draw(report: Report, path: Path) -> None:
     """A panel per batch size. Without pyplot, so that no display is needed and no global state is touched."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     batches = report.evaluation.timed_batches
     figure = Figure(figsize=(PANEL_SIZE[0] * len(batches), PANEL_SIZE[1]), layout="constrained")
     for panel, batch_size in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         for number, row in enumerate(report.rows):
             place = row.seconds[batch_size], row.best.frechet_distance
-            panel.plot(*place, "o", color=f"C{number % 10}", markersize=6)
-            panel.annotate(row.title, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+            panel.plot(*place, MARKERS[number % len(MARKERS)], color=f"C{number % 10}", label=row.title)
         panel.axhline(report.reconstructions.fid, color="grey", linestyle="--", linewidth=1)
         panel.text(
             0.01,
@@ -103,11 +107,15 @@ def _draw(report: Report, path: Path) -> None:
             transform=panel.get_yaxis_transform(),
         )
         panel.set_xscale("log")
-        panel.margins(x=0.25, y=0.1)
-        panel.set_ylim(bottom=0)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.margins(x=0.1, y=0.1)
         panel.set_xlabel(f"seconds per image, batch {batch_size}")
         panel.set_ylabel(f"Fréchet distance ({report.evaluation.extractor})")
         panel.grid(True, which="both", alpha=0.25)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(f"CIFAR-10, {report.num_training_images:,} training images seen by each generator")
     figure.savefig(path, dpi=DPI)
 
@@ -169,6 +177,9 @@ def _protocol(report: Report) -> list[str]:
         f"of {floor.extractor} ({floor.weights}), {floor.preprocessing}, {floor.rounding}. Not comparable with "
         f"Inception's.{note} The best of the scales below, the same for all; constant guidance, otherwise the model's own "
         "distribution (masked: Gumbel noise with the choice temperature).",
+        f"- Of one generator the distance changes by up to {_unevenness(report.rows):.1f} from one scale to the next: smaller "
+        "differences between generators say little. Masked generators are favoured: their choice temperature was chosen "
+        "by this distance, the others draw from their own distribution.",
         f"- For comparison: {options.num_samples} training images {report.originals.fid:.1f}, their reconstructions by the "
         f"tokenizer {floor.fid:.1f}.",
         f"- NLL: of the tokens of {recipe['task'].get('heldout_images', 1000)} test images given their classes, by the "
@@ -178,3 +189,9 @@ def _protocol(report: Report) -> list[str]:
         f"{options.timed_guidance:g} (two branches), {report.dtype}, {report.num_threads} "
         f"thread{'s' if report.num_threads != 1 else ''}; {report.machine}; vistok {report.vistok}.",
     ]
+
+
+def _unevenness(rows: Sequence[Row]) -> float:
+    """The largest change of a generator's distance between neighbouring guidance scales."""
+    distances = [[point.frechet_distance for point in row.points] for row in rows]
+    return max((abs(b - a) for few in distances for a, b in itertools.pairwise(few)), default=0.0)
