@@ -157,7 +157,10 @@ def test_the_budget_is_cut_and_the_warm_up_with_it(content, write, tmp_path):
             {"generators": {"a": {}, "b": {"optimization": {"num_steps": 9}}}},
             "b has its own optimization; all are trained alike",
         ),
-        ({"generators": {"a": {}, "b": {"task": {"cifar10": "x"}}}}, "b has its own task; only random_orders may differ"),
+        (
+            {"generators": {"a": {}, "b": {"task": {"cifar10": "x"}}}},
+            "b has its own task; only random_orders may differ",
+        ),
         ({"generators": {"a": {}, "b": {"seed": 7}}}, "b has its own seed"),
         (
             {"generators": {"a": {"model_class": "NARClass", "sampling": [{"num_steps": 3}]}}},

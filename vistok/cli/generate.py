@@ -92,7 +92,10 @@ def generate(
     ] = None,
     watermark: Annotated[
         str | None,
-        typer.Option(metavar="KEY", help="Mark the images with a secret text; see docs/generators.md for how well `vistok detect` finds it."),
+        typer.Option(
+            metavar="KEY",
+            help="Mark the images with a secret text; see docs/generators.md for how well `vistok detect` finds it.",
+        ),
     ] = None,
     watermark_strength: Annotated[
         float | None,

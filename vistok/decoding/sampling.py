@@ -39,7 +39,9 @@ class SamplingParams:
                 f"temperature must be above 0, got {self.temperature}; for greedy decoding use top_k=1"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}; the size of the codebook keeps all ids")
+            raise ValueError(
+                f"top_k must be at least 1, got {self.top_k}; the size of the codebook keeps all ids"
+            )
         for name in ("top_p", "typical_p"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}; 1 keeps all ids")
