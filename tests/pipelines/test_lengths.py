@@ -175,9 +175,11 @@ def test_null_class_repeats_what_the_published_code_does() -> None:
     overwritten = tokens(pipeline, [3, 1], guidance_scale=4.0, top_k=1, null_class=0).data
     assert torch.equal(with_null[:, 0], overwritten[:, 0]) and not torch.equal(with_null, overwritten)
     with pytest.raises(ValueError, match="class 5 is out of range"):
-        pipeline(1, null_class=5)
+        pipeline(1, null_class=5, guidance_scale=2.0)
     with pytest.raises(ValueError, match="null_class is not a setting of a MaskGITBert"):
-        from_masks()(1, null_class=0)
+        from_masks()(1, null_class=0, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="null_class needs guidance"):
+        pipeline(1, null_class=0, guidance_scale=1.0)
 
 
 def test_settings_are_those_of_the_kind_of_generator(tmp_path) -> None:
