@@ -101,6 +101,18 @@ class ContinuousGenerator(Generator):
     latent_scale: float
     num_classes: int
 
+    def __init__(
+        self, *, latent_dim: int, latent_scale: float, num_tokens: int, layout: str, num_classes: int
+    ) -> None:
+        super().__init__()
+        if not 0 < latent_scale < float("inf"):
+            raise ValueError(f"latent_scale must be above 0, got {latent_scale}")
+        self.latent_dim = latent_dim
+        self.latent_scale = latent_scale
+        self.num_tokens = num_tokens
+        self.num_classes = num_classes
+        self.layout = Layout.parse(layout)
+
     @property
     def null_label(self) -> int:
         """The class label of the unconditional branch, the first after the classes."""

@@ -12,7 +12,8 @@ nobody can tell them apart by their keys, and a condition position averages the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -110,6 +111,11 @@ class GridOptions:
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> GridOptions:
+        """Those among the arguments of a model's constructor, as its configuration records them."""
+        return cls(**{field.name: config[field.name] for field in fields(cls)})
 
     @property
     def grid_size(self) -> int:
@@ -468,21 +474,7 @@ class LlamaGenClass(LlamaGen):
         residual_dropout: float = 0.0,
         mlp_dropout: float = 0.0,
     ) -> None:
-        options = GridOptions(
-            codebook_size,
-            num_tokens,
-            dim,
-            depth,
-            num_heads,
-            num_kv_heads,
-            mlp_dim,
-            norm_eps,
-            rope_base,
-            token_dropout,
-            residual_dropout,
-            mlp_dropout,
-        )
-        super().__init__(options, ClassPrefix(num_classes, dim))
+        super().__init__(GridOptions.of(self.config), ClassPrefix(num_classes, dim))
         self.num_classes = num_classes
 
 
@@ -519,21 +511,8 @@ class LlamaGenText(LlamaGen):
         residual_dropout: float = 0.0,
         mlp_dropout: float = 0.0,
     ) -> None:
-        options = GridOptions(
-            codebook_size,
-            num_tokens,
-            dim,
-            depth,
-            num_heads,
-            num_kv_heads,
-            mlp_dim,
-            norm_eps,
-            rope_base,
-            token_dropout,
-            residual_dropout,
-            mlp_dropout,
-        )
-        super().__init__(options, TextPrefix(text_dim, text_encoder, max_text_length, dim))
+        prefix = TextPrefix(text_dim, text_encoder, max_text_length, dim)
+        super().__init__(GridOptions.of(self.config), prefix)
 
 
 def make_norm(options: GridOptions) -> RMSNorm:

@@ -20,7 +20,6 @@ from vistok.models.generators.base import ContinuousGenerator
 from vistok.models.heads.diffusion import NORM_EPS, Denoiser, DiffusionHead
 from vistok.models.layers.attention import SelfAttention
 from vistok.models.layers.kv_cache import KVCache, LayerCache
-from vistok.tokens import Layout
 
 PRESETS = {  # published name -> sizes
     "base": {"dim": 768, "encoder_depth": 12, "decoder_depth": 12, "num_heads": 12, "mlp_dim": 3072}
@@ -85,16 +84,15 @@ class MAR(ContinuousGenerator):
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
     ) -> None:
-        super().__init__()
-        if not 0 < latent_scale < float("inf"):
-            raise ValueError(f"latent_scale must be above 0, got {latent_scale}")
+        super().__init__(
+            latent_dim=latent_dim,
+            latent_scale=latent_scale,
+            num_tokens=num_tokens,
+            layout=layout,
+            num_classes=num_classes,
+        )
         if num_buffer_tokens < 1:
             raise ValueError(f"the class needs at least 1 buffer token, got {num_buffer_tokens}")
-        self.latent_dim = latent_dim
-        self.latent_scale = latent_scale
-        self.num_tokens = num_tokens
-        self.num_classes = num_classes
-        self.layout = Layout.parse(layout)
         self.layout.coordinates(num_tokens)  # raises where they do not fit
         self.num_buffer_tokens = num_buffer_tokens
         self.head = DiffusionHead()

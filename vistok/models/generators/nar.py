@@ -157,21 +157,7 @@ class NARClass(NAR):
         residual_dropout: float = 0.0,
         mlp_dropout: float = 0.0,
     ) -> None:
-        options = GridOptions(
-            codebook_size,
-            num_tokens,
-            dim,
-            depth,
-            num_heads,
-            num_kv_heads,
-            mlp_dim,
-            norm_eps,
-            rope_base,
-            token_dropout,
-            residual_dropout,
-            mlp_dropout,
-        )
-        super().__init__(options, ClassPrefix(num_classes, dim))
+        super().__init__(GridOptions.of(self.config), ClassPrefix(num_classes, dim))
         self.num_classes = num_classes
 
 
@@ -208,18 +194,5 @@ class NARText(NAR):
         residual_dropout: float = 0.0,
         mlp_dropout: float = 0.0,
     ) -> None:
-        options = GridOptions(
-            codebook_size,
-            num_tokens,
-            dim,
-            depth,
-            num_heads,
-            num_kv_heads,
-            mlp_dim,
-            norm_eps,
-            rope_base,
-            token_dropout,
-            residual_dropout,
-            mlp_dropout,
-        )
-        super().__init__(options, TextPrefix(text_dim, text_encoder, max_text_length, dim))
+        prefix = TextPrefix(text_dim, text_encoder, max_text_length, dim)
+        super().__init__(GridOptions.of(self.config), prefix)

@@ -89,14 +89,13 @@ class XAR(ContinuousGenerator):
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
     ) -> None:
-        super().__init__()
-        if not 0 < latent_scale < float("inf"):
-            raise ValueError(f"latent_scale must be above 0, got {latent_scale}")
-        self.latent_dim = latent_dim
-        self.latent_scale = latent_scale
-        self.num_tokens = num_tokens
-        self.num_classes = num_classes
-        self.layout = Layout.parse(layout)
+        super().__init__(
+            latent_dim=latent_dim,
+            latent_scale=latent_scale,
+            num_tokens=num_tokens,
+            layout=layout,
+            num_classes=num_classes,
+        )
         self.order = make_order(order, num_tokens, self.layout)
         self.head = FlowHead()
         self.head_dim = dim // num_heads
