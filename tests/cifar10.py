@@ -53,3 +53,12 @@ def save_tiny_sequence_tokenizer(folder: Path) -> Path:
     model = vistok.ConvTiTok(image_size=32, num_tokens=NUM_TOKENS, levels=(4, 2), **sizes)
     model.save_pretrained(folder)
     return folder
+
+
+def save_tiny_kl_tokenizer(folder: Path, latent_channels: int = 2) -> Path:
+    """A KLTokenizer with random weights and a scaling factor."""
+    torch.manual_seed(0)
+    sizes = {"dims": (8, 8, 8, 8), "depth": 1, "num_groups": 4, "mid_attention": False}
+    model = vistok.KLTokenizer(image_size=32, latent_channels=latent_channels, scaling_factor=2.5, **sizes)
+    model.save_pretrained(folder)
+    return folder

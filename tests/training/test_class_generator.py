@@ -12,6 +12,7 @@ from tests.cifar10 import (
     CODEBOOK_SIZE,
     NUM_TOKENS,
     save_tiny_cifar10,
+    save_tiny_kl_tokenizer,
     save_tiny_sequence_tokenizer,
     save_tiny_tokenizer,
 )
@@ -31,6 +32,15 @@ SIZES = {
     "mlp_dim": 16,
 }
 GRID = {**SIZES, "layout": "4x4"}
+FLOW = {
+    "num_tokens": NUM_TOKENS,
+    "layout": "4x4",
+    "num_classes": 10,
+    "dim": 16,
+    "num_heads": 2,
+    "mlp_dim": 16,
+}
+FLOW |= {"encoder_depth": 1, "decoder_depth": 1, "dropout": 0.0, "attention_dropout": 0.0}
 KINDS = {
     "llamagen": ("LlamaGenClass", SIZES, {}),
     "nar": ("NARClass", SIZES, {}),
@@ -39,8 +49,14 @@ KINDS = {
     "random": ("AnyOrderAR", {**GRID, "order": "random-0"}, {"random_orders": True}),
     "masked": ("AnyOrderMasked", GRID, {}),
     "maskgit": ("MaskGITBert", SIZES, {}),
+    "xar": ("XAR", {**FLOW, "order": "cells-2"}, {}),
+    "mar": ("MAR", {**FLOW, "num_buffer_tokens": 2, "denoiser_dim": 16, "denoiser_depth": 1}, {}),
 }
-SEQUENCES = ("flex-ar", "maskgit")  # kinds that do not know a grid
+TOKENIZERS = {"flex-ar": "sequence", "maskgit": "sequence", "xar": "kl", "mar": "kl"}  # all others: "grid"
+MEASURES = {"masked": "heldout_masked_loss", "maskgit": "heldout_masked_loss"} | {
+    "xar": "heldout_flow_loss",
+    "mar": "heldout_diffusion_loss",
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +64,7 @@ def data(tmp_path_factory):
     """Options of a task on a tiny set; all tests share its tokens."""
     folder = tmp_path_factory.mktemp("data")
     save_tiny_sequence_tokenizer(folder / "sequence")
+    save_tiny_kl_tokenizer(folder / "kl")
     return {
         "tokenizer": str(save_tiny_tokenizer(folder / "grid")),
         "cifar10": str(save_tiny_cifar10(folder / "cifar10")),
@@ -57,11 +74,8 @@ def data(tmp_path_factory):
 
 
 def data_of(kind: str, data: dict) -> dict:
-    """The same images, in a sequence of tokens for the kinds that need one."""
-    if kind not in SEQUENCES:
-        return data
-    folder = Path(data["tokenizer"]).with_name("sequence")
-    return {**data, "tokenizer": str(folder), "tokens": f"{folder}-tokens"}
+    """The same images, with the tokenizer that this kind needs."""
+    return {**data, "tokenizer": str(Path(data["tokenizer"]).with_name(TOKENIZERS.get(kind, "grid")))}
 
 
 def recipe_of(kind: str, data: dict, **optimization) -> Recipe:
@@ -83,23 +97,25 @@ def make_task(kind: str, data: dict, folder, flip: float = 0.5, **changes) -> Cl
     model_class, model, task = KINDS[kind]
     torch.manual_seed(0)
     options = ClassGeneratorOptions(**{**data_of(kind, data), **task, **changes})
-    made = getattr(vistok, model_class)(**model)
-    return ClassGeneratorTask(made, options, Augmentation(flip=flip), torch.device("cpu"), folder)
+    tokenizer = vistok.load(options.tokenizer)
+    latents = {"latent_dim": 2, "latent_scale": 2.5} if kind in ("xar", "mar") else {}
+    made = getattr(vistok, model_class)(**model, **latents)
+    return ClassGeneratorTask(made, tokenizer, options, Augmentation(flip=flip), torch.device("cpu"), folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_learns(kind, data, tmp_path):
     """The images of a class are alike, so a few dozen steps must beat guessing by far."""
-    recipe = recipe_of(kind, data, num_steps=30, lr=3e-2, warmup_steps=3, ema_decay=0.8)
-    measured = run(dataclasses.replace(recipe, checkpoint_every=30), tmp_path)
+    recipe = recipe_of(kind, data, num_steps=45, lr=3e-2, warmup_steps=3, ema_decay=0.8)
+    measured = run(dataclasses.replace(recipe, checkpoint_every=45), tmp_path)
     (name, value), *rest = measured.items()
-    assert not rest and name == ("heldout_masked_loss" if "mask" in kind else "heldout_nll")
+    assert not rest and name == MEASURES.get(kind, "heldout_nll")
     untrained = make_task(kind, data, tmp_path)
     assert value < 0.7 * untrained.evaluate(untrained.model.eval())[name]
     vistok.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "random", "masked"])
+@pytest.mark.parametrize("kind", ["diagonal", "random", "masked", "xar", "mar"])
 def test_an_interrupted_run_continues_to_the_same_weights(kind, data, tmp_path, monkeypatch):
     recipe = recipe_of(kind, data)
     run(recipe, tmp_path / "whole")
@@ -185,6 +201,24 @@ def test_tokens_of_another_tokenizer_are_not_used(data, tmp_path):
     assert not torch.equal(first.train.plain, second.train.plain)
 
 
+def test_posteriors_are_drawn_anew_and_mirrored(data, tmp_path):
+    task = make_task("xar", data, tmp_path, flip=1.0)
+    labels, posterior, tokens, times, noise = task.batch(6, torch.Generator().manual_seed(0))
+    assert posterior.shape == (6, NUM_TOKENS, 4) and tokens.shape == noise.shape == (6, NUM_TOKENS, 2)
+    assert times.shape == (6, task.model.order.num_steps)
+    mean, std = posterior.float().chunk(2, dim=-1)
+    drawn = (tokens - mean) / std
+    assert abs(float(drawn.mean())) < 0.3 and 0.8 < float(drawn.std()) < 1.2
+    mirrored = [row.tolist() for row in task.train.flipped]
+    assert all(row.tolist() in mirrored for row in posterior)
+
+
+def test_a_continuous_generator_learns_the_scale_of_its_tokenizer(data, tmp_path):
+    run(recipe_of("xar", data, num_steps=1), tmp_path)
+    model = vistok.load(tmp_path / "model")
+    assert (model.latent_dim, model.latent_scale) == (2, 2.5)
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
@@ -199,6 +233,7 @@ def test_tokens_of_another_tokenizer_are_not_used(data, tmp_path):
             "makes tokens on a grid of 2x8, the tokenizer decodes them on a grid of 4x4",
         ),
         ("nar", {"num_classes": 9}, "classes up to 9, the model 9 of them"),
+        ("xar", {"latent_scale": 1.0}, "its latent_scale is 1.0 and the tokenizer's scaling_factor 2.5"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(kind, change, message, data, tmp_path):
@@ -215,6 +250,10 @@ def test_what_cannot_be_trained_so_is_refused(data, tmp_path):
         run(dataclasses.replace(recipe, model_class="TextAR"), tmp_path)
     with pytest.raises(ValueError, match="can only be flipped"):
         run(dataclasses.replace(recipe, augmentation=Augmentation(hue=0.5)), tmp_path)
+    with pytest.raises(
+        ValueError, match="it makes continuous latents, the tokenizer decodes codebook indices"
+    ):
+        run(dataclasses.replace(recipe, model_class="XAR", model={**FLOW, "order": "raster"}), tmp_path)
     assert not (tmp_path / "model").exists()
 
 

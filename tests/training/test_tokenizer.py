@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+import vistok
 from vistok import VQGAN
-from vistok.data.images import to_pil
+from vistok.data.images import load_folder, to_pil
 from vistok.training.augment import Augmentation
 from vistok.training.perceptual import PerceptualLoss
 from vistok.training.recipe import Optimization, Recipe, load_recipe
@@ -106,7 +107,9 @@ def test_a_frozen_encoder_keeps_every_token(tmp_path):
 def test_impossible_trainings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="VQGAN has a fixed length: tail_drop must be 0"):
         run(grid_recipe(FOLDERS | {"tail_drop": 0.5}), tmp_path)
-    with pytest.raises(ValueError, match="'TextAR' is not a tokenizer that can be trained: ConvTiTok, VQGAN"):
+    with pytest.raises(
+        ValueError, match="'TextAR' is not a tokenizer that can be trained: ConvTiTok, KLTokenizer, VQGAN"
+    ):
         run(dataclasses.replace(grid_recipe(), model_class="TextAR"), tmp_path)
 
 
@@ -164,3 +167,40 @@ def test_only_the_reconstruction_gets_a_gradient(perceptual):
 
 def test_statistics_stay_those_of_imagenet(perceptual):
     assert not any(module.training for module in perceptual.train().modules())
+
+
+KL = {
+    "image_size": 16,
+    "latent_channels": 3,
+    "dims": [8, 8, 8],
+    "depth": 1,
+    "num_groups": 4,
+    "mid_attention": False,
+}
+
+
+def kl_recipe(**task: Any) -> Recipe:
+    recipe = grid_recipe(FOLDERS | task, model=KL)
+    return dataclasses.replace(recipe, model_class="KLTokenizer")
+
+
+def test_a_continuous_tokenizer_learns_and_records_the_scale_of_its_latents(tmp_path: Path) -> None:
+    recipe = kl_recipe(kl=1e-4)
+    longer = dataclasses.replace(recipe.optimization, num_steps=60, lr=1e-2, warmup_steps=5, ema_decay=0.9)
+    measured = run(dataclasses.replace(recipe, optimization=longer, checkpoint_every=60), tmp_path)
+    untrained = run(dataclasses.replace(recipe, seed=0), tmp_path / "short")
+    assert measured["heldout_psnr"] > untrained["heldout_psnr"] + 1 and measured["heldout_kl"] > 0
+    tokenizer = vistok.load(tmp_path / "model")
+    images = load_folder(FIXTURES / "train", 16).float() / 127.5 - 1
+    scaled = tokenizer.encode(images).data * tokenizer.scaling_factor
+    assert float(scaled.std()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_large_divergence_weight_draws_posteriors_to_the_prior(tmp_path: Path) -> None:
+    few = {"num_steps": 40, "lr": 1e-2, "warmup_steps": 5, "ema_decay": 0.5, "batch_size": 4}
+    recipes = [
+        dataclasses.replace(kl_recipe(kl=kl), optimization=Optimization(**few), checkpoint_every=40)
+        for kl in (0.0, 1.0)
+    ]
+    free, bound = (run(recipe, tmp_path / str(i))["heldout_kl"] for i, recipe in enumerate(recipes))
+    assert bound < 0.2 * free

@@ -11,10 +11,10 @@ import yaml
 import vistok
 from vistok.decoding.guidance import check_guidance_scale
 from vistok.eval.generator_measures import Sampling
-from vistok.models.generators.base import MaskedGenerator
 from vistok.training.recipe import Recipe, from_mapping, parse_recipe
 
 COMPARISONS = Path(__file__).parent / "comparisons"
+OWN_TASK = ("random_orders", "tokenizer")  # what may differ between the tasks
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,18 @@ class Contestant:
     samplings: tuple[Sampling, ...]
 
     def check_samplings(self) -> None:
-        """Raises ValueError when a generator with a fixed order has settings of masked ones."""
+        """Raises ValueError when its kind of generator cannot be sampled so."""
         model_class = getattr(vistok, str(self.recipe.model_class), object)
-        is_masked = issubclass(model_class, MaskedGenerator)
-        if not is_masked and any(sampling != Sampling() for sampling in self.samplings):
-            raise ValueError(f"{self.name} is a {self.recipe.model_class}, sampling is of masked generators")
+        for sampling in self.samplings:
+            try:
+                sampling.check(model_class)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from None
 
 
 def _shared(task: dict[str, Any]) -> dict[str, Any]:
     """What all generators have in common of their tasks."""
-    return {name: value for name, value in task.items() if name != "random_orders"}
+    return {name: value for name, value in task.items() if name not in OWN_TASK}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Comparison:
                 if getattr(other, name) != getattr(first, name):
                     raise ValueError(f"{contestant.name} has its own {name}; all are trained alike")
             if _shared(other.task) != _shared(first.task):
-                raise ValueError(f"{contestant.name} has its own task; only random_orders may differ")
+                raise ValueError(
+                    f"{contestant.name} has its own task; only {' and '.join(OWN_TASK)} may differ"
+                )
             contestant.check_samplings()
         if self.evaluation.timed_guidance <= 1:
             raise ValueError(f"timed_guidance must be above 1, got {self.evaluation.timed_guidance}")
@@ -148,7 +152,7 @@ def _contestant(
         few = min(recipe.optimization.warmup_steps, budget_steps)
         shorter = replace(recipe.optimization, num_steps=budget_steps, warmup_steps=few)
         recipe = replace(recipe, optimization=shorter)
-    return Contestant(name, recipe, tuple(from_mapping(Sampling, one, where) for one in samplings))
+    return Contestant(name, recipe, tuple(Sampling(one) for one in samplings))
 
 
 def own_comparisons() -> dict[str, Path]:

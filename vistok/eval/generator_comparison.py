@@ -1,7 +1,7 @@
 """Generators compared with equal work: `python -m vistok.eval.generator_comparison cifar10-generators -o FOLDER`.
 
-One recipe names a tokenizer, the common sizes and budget, and what distinguishes each generator. All see the same number
-of training images in the same batches. Every generator is trained in `FOLDER/NAME`, or continued where it stopped, and
+One recipe names the common data, sizes and budget, and what distinguishes each generator. All see the same number of
+training images in the same batches. Every generator is trained in `FOLDER/NAME`, or continued where it stopped, and
 measured; what is done is not done again. Writes `generators.json`, `report.md`, a plot and a picture per generator.
 `--jobs N` works on N generators at once, each in a process of its own; times are measured at the end, one by one.
 """
@@ -13,7 +13,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,8 +49,8 @@ from vistok.eval.machine import describe_machine
 from vistok.eval.rate_distortion_report import check_plotting
 from vistok.files import atomic_path
 from vistok.hub import load, load_tokenizer
+from vistok.models.generators.mar import MAR
 from vistok.models.tokenizers.base import ImageTokenizer
-from vistok.training.labelled_tokens import load_or_tokenize
 from vistok.training.recipe import Recipe
 from vistok.training.run import run
 
@@ -60,14 +60,11 @@ logger = logging.getLogger(__name__)
 
 
 class Reference:
-    """The real images, their features, and the tokenizer; features are kept in `folder`."""
+    """The real images and their features, which are kept in `folder`."""
 
     def __init__(self, comparison: Comparison, folder: Path) -> None:
-        task = comparison.recipe.task
         self.options = comparison.evaluation
-        self.tokenizer: ImageTokenizer = load_tokenizer(task["tokenizer"])
-        self.train, _ = load_or_tokenize(self.tokenizer, task["cifar10"], folder)
-        self.cifar10 = task["cifar10"]
+        self.cifar10 = comparison.recipe.task["cifar10"]
         self.extractor: FeatureExtractor = load_extractor(self.options.extractor)
         self.folder = folder
 
@@ -84,29 +81,27 @@ class Reference:
             save_file({"features": features.features}, partial)
         return features
 
-    def floors(self) -> tuple[FidResult, FidResult]:
-        """Distances of `num_samples` training images, decoded from their tokens and as they are."""
-        chosen = self._balanced_rows()
-        images = load_cifar10(self.cifar10, "train")[0][chosen]
-        decoded = (decode(self.tokenizer, few) for few in self.train.plain[chosen].split(BATCH_SIZE))
-        sources = {"reconstructed training images": decoded, "training images": images.split(BATCH_SIZE)}
-        reconstructions, originals = (
-            compare_features(
-                self.real(), extract_features(source, self.extractor, name=name), extractor=self.extractor
-            )
-            for name, source in sources.items()
-        )
-        return reconstructions, originals
+    def originals(self) -> FidResult:
+        """Distance of `num_samples` training images."""
+        return self._distance(self._chosen().split(BATCH_SIZE), "training images")
 
-    def _balanced_rows(self) -> Tensor:
+    def reconstructions(self, tokenizer: ImageTokenizer) -> FidResult:
+        """Distance of the same images after `tokenizer`."""
+        images = self._chosen().split(BATCH_SIZE)
+        decoded = (decode(tokenizer, tokenizer.encode(few.float() / 127.5 - 1)) for few in images)
+        return self._distance(decoded, f"training images reconstructed by {tokenizer.identity()}")
+
+    def _distance(self, images: Iterable[Tensor], name: str) -> FidResult:
+        made = extract_features(images, self.extractor, name=name)
+        return compare_features(self.real(), made, extractor=self.extractor)
+
+    def _chosen(self) -> Tensor:
         """The first training images of every class, as many as samples are drawn."""
-        wanted = balanced_labels(self.options.num_samples, len(CLASS_NAMES)).bincount(
-            minlength=len(CLASS_NAMES)
-        )
-        rows = [
-            (self.train.labels == label).nonzero()[:count, 0] for label, count in enumerate(wanted.tolist())
-        ]
-        return torch.cat(rows)
+        images, labels = load_cifar10(self.cifar10, "train")
+        classes = len(CLASS_NAMES)
+        wanted = balanced_labels(self.options.num_samples, classes).bincount(minlength=classes)
+        rows = [(labels == label).nonzero()[:count, 0] for label, count in enumerate(wanted.tolist())]
+        return images[torch.cat(rows)]
 
 
 @dataclass
@@ -125,7 +120,8 @@ class Progress:
 def work_on(contestant: Contestant, comparison: Comparison, folder: Path) -> None:
     """Train a generator in `folder/name` and measure its quality there, as far as that is not done."""
     own, options = folder / contestant.name, comparison.evaluation
-    key = _key(contestant, options, load_tokenizer(contestant.recipe.task["tokenizer"]))
+    tokenizer = load_tokenizer(contestant.recipe.task["tokenizer"])
+    key = _key(contestant, options, tokenizer)
     done = _read(own, key) or Progress(run(contestant.recipe, own), [])
     _write(own, key, done)
     missing = [
@@ -141,7 +137,7 @@ def work_on(contestant: Contestant, comparison: Comparison, folder: Path) -> Non
     for sampling, scale in missing:
         point = measure_quality(
             model,
-            reference.tokenizer,
+            tokenizer,
             real,
             extractor=reference.extractor,
             sampling=sampling,
@@ -173,11 +169,10 @@ def _write(own: Path, key: Any, done: Progress) -> None:
         partial.write_text(json.dumps({"of": key, **asdict(done)}, indent=2) + "\n")
 
 
-def make_rows(
-    contestant: Contestant, comparison: Comparison, folder: Path, tokenizer: ImageTokenizer
-) -> list[Row]:
+def make_rows(contestant: Contestant, comparison: Comparison, folder: Path) -> list[Row]:
     """The results of a generator that was worked on; measures the times."""
     own, options = folder / contestant.name, comparison.evaluation
+    tokenizer = load_tokenizer(contestant.recipe.task["tokenizer"])
     done = _read(own, _key(contestant, options, tokenizer))
     assert done is not None
     model = load(own / "model")
@@ -197,10 +192,12 @@ def make_rows(
         row = Row(
             name=contestant.name,
             model_class=type(model).__name__,
+            tokenizer=tokenizer.identity(),
             sampling=str(sampling),
             order=_order_name(model, contestant.recipe),
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             num_steps=sampling.steps(model),
+            num_denoising_steps=sampling.denoising_steps(model),
             losses=done.losses,
             points=[point for scale in options.guidance_scales if (point := done.get(sampling, scale))],
             seconds=seconds,
@@ -211,7 +208,7 @@ def make_rows(
 
 
 def _order_name(model: Any, recipe: Recipe) -> str:
-    if recipe.task.get("random_orders"):
+    if recipe.task.get("random_orders") or isinstance(model, MAR):
         return "random, another for every image in training"
     if not hasattr(model, "order"):
         return "the surest first"
@@ -221,21 +218,17 @@ def _order_name(model: Any, recipe: Recipe) -> str:
 def compare(comparison: Comparison, folder: Path) -> Report:
     """Measure the times and gather everything; all generators must have been worked on."""
     reference = Reference(comparison, folder)
-    rows = [
-        row
-        for contestant in comparison.contestants
-        for row in make_rows(contestant, comparison, folder, reference.tokenizer)
-    ]
-    reconstructions, originals = reference.floors()
+    rows = [row for contestant in comparison.contestants for row in make_rows(contestant, comparison, folder)]
+    names = dict.fromkeys(contestant.recipe.task["tokenizer"] for contestant in comparison.contestants)
+    tokenizers = [load_tokenizer(name) for name in names]
     optimization = comparison.recipe.optimization
     return Report(
         rows=rows,
-        reconstructions=reconstructions,
-        originals=originals,
+        reconstructions={one.identity(): reference.reconstructions(one) for one in tokenizers},
+        originals=reference.originals(),
         evaluation=comparison.evaluation,
         recipe=comparison.recipe.to_dict(),
         num_training_images=optimization.num_steps * optimization.batch_size,
-        tokenizer=reference.tokenizer.identity(),
         num_threads=torch.get_num_threads(),
         dtype="float32",
         machine=str(describe_machine()),
@@ -245,17 +238,16 @@ def compare(comparison: Comparison, folder: Path) -> Report:
 
 def draw_pictures(comparison: Comparison, rows: Sequence[Row], folder: Path) -> dict[str, Tensor]:
     """Title of a row -> its `picture_sheet` at its best guidance scale."""
-    tokenizer = load_tokenizer(comparison.recipe.task["tokenizer"])
-    samplings = [sampling for contestant in comparison.contestants for sampling in contestant.samplings]
+    drawn = [(one, sampling) for one in comparison.contestants for sampling in one.samplings]
     return {
         row.title: picture_sheet(
             load(folder / row.name / "model"),
-            tokenizer,
+            load_tokenizer(contestant.recipe.task["tokenizer"]),
             sampling=sampling,
             guidance_scale=row.best.guidance_scale,
             seeds_per_class=comparison.evaluation.seeds_per_class,
         )
-        for row, sampling in zip(rows, samplings, strict=True)
+        for row, (contestant, sampling) in zip(rows, drawn, strict=True)
     }
 
 

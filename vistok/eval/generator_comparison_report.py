@@ -27,9 +27,11 @@ LOSSES = {"heldout_nll": "NLL per token, nats", "heldout_masked_loss": "Masked l
 HEADER = [
     "Generator",
     "Model",
+    "Tokenizer",
     "Order",
     "Parameters, M",
     "Steps per image",
+    "Denoising steps",
     "Fréchet distance",
     "Guidance",
     *LOSSES.values(),
@@ -41,14 +43,13 @@ class Report:
     """All rows with their protocol."""
 
     rows: list[Row]
-    reconstructions: FidResult  # of training images, against the same reference: what the tokenizer allows
+    reconstructions: dict[
+        str, FidResult
+    ]  # tokenizer -> of training images, against the same reference: its floor
     originals: FidResult  # the training images themselves: what so few images allow
     evaluation: EvaluationOptions
-    recipe: dict[
-        str, Any
-    ]  # of the first generator; the others differ in the model and in random_orders alone
+    recipe: dict[str, Any]  # of the first generator; the others differ in model, tokenizer and random_orders
     num_training_images: int  # seen by each generator, with repetition
-    tokenizer: str
     num_threads: int
     dtype: str
     machine: str
@@ -97,15 +98,11 @@ def _draw(report: Report, path: Path) -> None:
         for number, row in enumerate(report.rows):
             place = row.seconds[batch_size], row.best.frechet_distance
             panel.plot(*place, MARKERS[number % len(MARKERS)], color=f"C{number % 10}", label=row.title)
-        panel.axhline(report.reconstructions.fid, color="grey", linestyle="--", linewidth=1)
-        panel.text(
-            0.01,
-            report.reconstructions.fid,
-            "the tokenizer's reconstructions",
-            fontsize=7,
-            va="bottom",
-            transform=panel.get_yaxis_transform(),
-        )
+        for tokenizer, floor in report.reconstructions.items():
+            panel.axhline(floor.fid, color="grey", linestyle="--", linewidth=1)
+            place = panel.get_yaxis_transform()
+            text = f"reconstructions by {_family(tokenizer)}"
+            panel.text(0.01, floor.fid, text, fontsize=7, va="bottom", transform=place)
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -129,7 +126,7 @@ def _page(report: Report, names: Mapping[str, str]) -> str:
         "",
         "![Seconds per image against Fréchet distance](generators.png)",
         "",
-        *table(header, (_cells(row, batches) for row in report.rows), num_labels=3),
+        *table(header, (_cells(row, batches) for row in report.rows), num_labels=4),
         "",
         "Fréchet distance at every guidance scale:",
         "",
@@ -152,9 +149,11 @@ def _cells(row: Row, batches: Sequence[int]) -> list[str]:
     return [
         row.title,
         row.model_class,
+        _family(row.tokenizer),
         row.order,
         f"{row.num_parameters / 1e6:.2f}",
         str(row.num_steps),
+        "" if row.num_denoising_steps is None else str(row.num_denoising_steps),
         f"{row.best.frechet_distance:.1f}",
         f"{row.best.guidance_scale:g}",
         *(f"{row.losses[name]:.3f}" if name in row.losses else "" for name in LOSSES),
@@ -164,15 +163,16 @@ def _cells(row: Row, batches: Sequence[int]) -> list[str]:
 
 def _protocol(report: Report) -> list[str]:
     """What the numbers mean, as a list."""
-    options, floor, recipe = report.evaluation, report.reconstructions, report.recipe
+    options, floor, recipe = report.evaluation, report.originals, report.recipe
     training = recipe["optimization"]
     note = f" {floor.note}." if floor.note else ""
     return [
         f"- Training: {training['num_steps']} steps of {training['batch_size']} images for every generator "
         f"({report.num_training_images:,} images, of 50,000), learning rate {training['lr']:g}, classes dropped with "
-        f"probability {recipe['task'].get('label_dropout', 0.1):g}, seed {recipe['seed']}; tokens of {report.tokenizer}.",
+        f"probability {recipe['task'].get('label_dropout', 0.1):g}, seed {recipe['seed']}; tokens of {' and '.join(report.reconstructions)}.",
         "- Equal work is counted in images. A training step of an AnyOrderAR takes longer than those of the others: it reads "
-        "every position twice, as content and as query.",
+        "every position twice, as content and as query; MAR's evaluates its head four times. Steps per image: those of the "
+        "order, at each of which a generator of continuous tokens takes its share of the denoising steps.",
         f"- Fréchet distance: {options.num_samples} images, equally many of each class, against {floor.real}; features "
         f"of {floor.extractor} ({floor.weights}), {floor.preprocessing}, {floor.rounding}. Not comparable with "
         f"Inception's.{note} The best of the scales below, the same for all; constant guidance, otherwise the model's own "
@@ -180,8 +180,9 @@ def _protocol(report: Report) -> list[str]:
         f"- Of one generator the distance changes by up to {_unevenness(report.rows):.1f} from one scale to the next: smaller "
         "differences between generators say little. Masked generators are favoured: their choice temperature was chosen "
         "by this distance, the others draw from their own distribution.",
-        f"- For comparison: {options.num_samples} training images {report.originals.fid:.1f}, their reconstructions by the "
-        f"tokenizer {floor.fid:.1f}.",
+        f"- For comparison: {options.num_samples} training images {floor.fid:.1f}, their reconstructions "
+        + " and ".join(f"by {name} {one.fid:.1f}" for name, one in report.reconstructions.items())
+        + ".",
         f"- NLL: of the tokens of {recipe['task'].get('heldout_images', 1000)} test images given their classes, by the "
         "chain rule in the generator's own order; tokens of one step count as independent. Masked loss: cross-entropy of "
         "the hidden tokens under fixed masks, which is no likelihood and not comparable with it.",
@@ -189,6 +190,11 @@ def _protocol(report: Report) -> list[str]:
         f"{options.timed_guidance:g} (two branches), {report.dtype}, {report.num_threads} "
         f"thread{'s' if report.num_threads != 1 else ''}; {report.machine}; vistok {report.vistok}.",
     ]
+
+
+def _family(tokenizer: str) -> str:
+    """The class in the identity of a tokenizer."""
+    return tokenizer.partition("-")[0]
 
 
 def _unevenness(rows: Sequence[Row]) -> float:

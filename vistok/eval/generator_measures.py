@@ -3,48 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vistok.decoding.guidance import ConstantGuidance
-from vistok.decoding.masked import MaskedSamplingParams, generate_masked
-from vistok.decoding.ordered import generate_ordered
 from vistok.decoding.streams import ImageStreams
 from vistok.eval.features import FeatureExtractor
 from vistok.eval.fid import FeatureSet, compare_features, extract_features
 from vistok.eval.sources import to_uint8
 from vistok.eval.timing import median_seconds
-from vistok.models.generators.base import MaskedGenerator
 from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.pipelines.drawing import Conditions, Request, draw, num_steps
+from vistok.pipelines.settings import DenoisingSettings, Settings, settings_for, settings_kind
 from vistok.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a generator is sampled, besides guidance: an ordered one from its own distribution, a masked one so.
+    """How a generator is sampled, besides guidance: the settings of its pipeline that are not left at their defaults.
 
     Args:
-        num_steps, choice_temperature: of a masked generator, see `MaskedSamplingParams`.
+        settings: names and values, see `vistok.pipelines.settings`.
     """
 
-    num_steps: int | None = None
-    choice_temperature: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
-    def masked(self) -> MaskedSamplingParams:
-        """Those of a masked generator, what is not named by default."""
-        given = {"num_steps": self.num_steps, "choice_temperature": self.choice_temperature}
-        return MaskedSamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    def check(self, model_class: type) -> None:
+        """Raises ValueError unless generators of this class have these settings."""
+        kind = settings_kind(model_class)
+        known = [field.name for field in fields(kind)]
+        for name in self.settings:
+            if name not in known:
+                raise ValueError(
+                    f"{name} is not a setting of a {model_class.__name__}; it has {', '.join(known)}"
+                )
+        kind(**self.settings)  # raises where a value is out of range
+
+    def of(self, model: Any, guidance_scale: float = 1.0) -> Settings:
+        """The settings of `model`."""
+        return settings_for(model, {**self.settings, "guidance_scale": guidance_scale})
 
     def steps(self, model: Any) -> int:
-        """Forward steps per image."""
-        return self.masked().num_steps if isinstance(model, MaskedGenerator) else model.order.num_steps
+        """Steps per image, at each of which the generator decides some tokens."""
+        return num_steps(model, self.of(model), all_tokens(model, 1))
+
+    def denoising_steps(self, model: Any) -> int | None:
+        """Denoising steps per image; `None` for a generator of codes."""
+        settings = self.of(model)
+        if not isinstance(settings, DenoisingSettings):
+            return None
+        return sum(settings.denoising_steps(self.steps(model)))
 
     def __str__(self) -> str:
-        named = {"steps": self.num_steps, "choice temperature": self.choice_temperature}
-        return ", ".join(f"{name} {value:g}" for name, value in named.items() if value is not None)
+        return ", ".join(f"{name.removeprefix('num_').replace('_', ' ')} {value}" for name, value in self.settings.items())
 
 
 @dataclass(frozen=True)
@@ -63,10 +76,12 @@ class Row:
 
     name: str
     model_class: str
+    tokenizer: str  # its identity
     sampling: str  # what is not the default; may be empty
     order: str
     num_parameters: int
-    num_steps: int  # forward steps per image
+    num_steps: int  # per image
+    num_denoising_steps: int | None  # per image, of a generator of continuous tokens
     losses: dict[str, float]  # held-out, see the training task
     points: list[Point]  # quality at every guidance scale
     seconds: dict[int, float]  # batch size -> seconds per image
@@ -82,16 +97,25 @@ class Row:
         return min(self.points, key=lambda point: point.frechet_distance)
 
 
+def all_tokens(model: Any, batch_size: int) -> Tensor:
+    """The length of an image, once per image `[b]`."""
+    return torch.full((batch_size,), model.num_tokens)
+
+
 @torch.inference_mode()
 def draw_tokens(
     model: Any, labels: Tensor, seeds: Sequence[int], sampling: Sampling, guidance_scale: float
 ) -> Tokens:
     """Tokens of one image per label `[b]` and seed."""
-    streams, guidance = ImageStreams.from_seeds(seeds), ConstantGuidance(guidance_scale)
-    if not isinstance(model, MaskedGenerator):
-        return generate_ordered(model, labels, streams=streams, guidance=guidance)
-    indices = generate_masked(model, labels, streams=streams, sampling=sampling.masked(), guidance=guidance)
-    return Tokens(indices=indices, codebook_size=model.codebook_size, layout=model.layout)
+    request = Request(
+        Conditions(labels),
+        ImageStreams.from_seeds(seeds),
+        all_tokens(model, len(labels)),
+        given=None,
+        logits_processor=None,
+        on_step=lambda step, tokens: None,
+    )
+    return draw(model, sampling.of(model, guidance_scale), request)
 
 
 def draw_images(
@@ -106,13 +130,12 @@ def draw_images(
     for start in range(0, len(labels), batch_size):
         few = labels[start : start + batch_size]
         tokens = draw_tokens(model, few, range(start, start + len(few)), sampling, guidance_scale)
-        yield decode(tokenizer, tokens.data)
+        yield decode(tokenizer, tokens)
 
 
 @torch.inference_mode()
-def decode(tokenizer: ImageTokenizer, indices: Tensor) -> Tensor:
-    """Images uint8 `[b 3 H W]` of `indices [b n]`."""
-    tokens = Tokens(indices=indices, codebook_size=tokenizer.codebook_size, layout=tokenizer.layout)
+def decode(tokenizer: ImageTokenizer, tokens: Tokens) -> Tensor:
+    """Images uint8 `[b 3 H W]`."""
     return to_uint8(tokenizer.decode(tokens))
 
 
@@ -164,4 +187,4 @@ def picture_sheet(
     """Images uint8 `[classes * seeds 3 H W]`, one class after the other, each with the same seeds."""
     labels = torch.arange(model.num_classes).repeat_interleave(seeds_per_class)
     seeds = list(range(seeds_per_class)) * model.num_classes
-    return decode(tokenizer, draw_tokens(model, labels, seeds, sampling, guidance_scale).data)
+    return decode(tokenizer, draw_tokens(model, labels, seeds, sampling, guidance_scale))

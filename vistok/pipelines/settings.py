@@ -258,11 +258,16 @@ def settings_for(transformer: Generator, given: Mapping[str, Any]) -> Settings:
         ValueError: one that this kind of generator does not have, a value outside its range, or a generator of another
             kind.
     """
+    return override(settings_kind(type(transformer))(), given, transformer)
+
+
+def settings_kind(model_class: type) -> type[Settings]:
+    """The settings of a family of generators; raises ValueError for one of another kind."""
     for kind, settings in KINDS.items():
-        if isinstance(transformer, kind):
-            return override(settings(), given, transformer)
+        if issubclass(model_class, kind):
+            return settings
     kinds = " nor of ".join(kind.__name__ for kind in KINDS)
-    raise ValueError(f"{type(transformer).__name__} is neither of the kind {kinds}: no pipeline samples it")
+    raise ValueError(f"{model_class.__name__} is neither of the kind {kinds}: no pipeline samples it")
 
 
 def override(preset: Settings, given: Mapping[str, Any], transformer: Generator) -> Settings:

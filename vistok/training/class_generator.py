@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.hub import load_tokenizer
 from vistok.models.generators.any_order import AnyOrderAR
-from vistok.models.generators.base import Generator, MaskedGenerator
+from vistok.models.generators.base import ContinuousGenerator, Generator, MaskedGenerator
+from vistok.models.generators.mar import MAR
+from vistok.models.generators.xar import XAR
+from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.pipelines.fit import check_fit
 from vistok.training.augment import Augmentation
+from vistok.training.continuous import flow_objective, masked_diffusion_objective
 from vistok.training.labelled_tokens import LabelledTokens, load_or_tokenize
 from vistok.training.masked import MaskedObjective, drop_labels
+from vistok.training.trainer import Task
 
 EVALUATION_BATCH = 100
 
@@ -38,18 +42,18 @@ class ClassGeneratorOptions:
 class Objective(Protocol):
     """What differs between kinds of generators: what a batch draws besides its tokens, the loss, the measure."""
 
-    def draw(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """What the loss needs besides labels and tokens, rows first."""
         ...
 
     def loss(
-        self, model: Any, labels: Tensor, indices: Tensor, *drawn: Tensor
+        self, model: Any, labels: Tensor, tokens: Tensor, *drawn: Tensor
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Scalar loss and what to log beside it."""
         ...
 
-    def measure(self, model: Any, labels: Tensor, indices: Tensor, *drawn: Tensor) -> dict[str, Tensor]:
-        """Held-out losses per image `[b]`, in nats per token."""
+    def measure(self, model: Any, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> dict[str, Tensor]:
+        """Held-out losses per image `[b]`; of codes in nats per token."""
         ...
 
 
@@ -84,11 +88,12 @@ class RandomOrderObjective(OrderedObjective):
         return (torch.rand(indices.shape, generator=generator).argsort(dim=1),)
 
 
-class ClassGeneratorTask:
+class ClassGeneratorTask(Task):
     """Tokens of CIFAR-10 given their class, for every kind of class-conditional generator.
 
     Args:
-        model: an `OrderedGenerator` or a `MaskedGenerator` with `num_classes`.
+        model: an `OrderedGenerator` or a `MaskedGenerator` with `num_classes`, or a `ContinuousGenerator`.
+        tokenizer: that of `options`.
         options: data.
         augmentation: its `flip` is the probability that an image is mirrored; nothing else is varied.
         device: where the model is trained.
@@ -101,6 +106,7 @@ class ClassGeneratorTask:
     def __init__(
         self,
         model: Generator,
+        tokenizer: ImageTokenizer,
         options: ClassGeneratorOptions,
         augmentation: Augmentation,
         device: torch.device,
@@ -108,7 +114,6 @@ class ClassGeneratorTask:
     ) -> None:
         if augmentation != Augmentation(flip=augmentation.flip):
             raise ValueError("tokens of CIFAR-10 can only be flipped; leave out the other augmentations")
-        tokenizer = load_tokenizer(options.tokenizer, device=device)
         check_fit(tokenizer, model)
         self.model: Any = model
         self.options = options
@@ -121,14 +126,15 @@ class ClassGeneratorTask:
         self.heldout = _first(heldout, options.heldout_images)
 
     def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Labels `[b]`, some of them dropped, tokens `[b n]`, and what the objective draws."""
+        """Labels `[b]`, some of them dropped, tokens as `LabelledTokens` has them, and what the objective draws."""
         chosen = torch.randint(len(self.train), (batch_size,), generator=generator)
         is_flipped = torch.rand(batch_size, 1, generator=generator) < self.flip
-        indices = torch.where(is_flipped, self.train.flipped[chosen], self.train.plain[chosen])
+        plain, flipped = self.train.plain[chosen], self.train.flipped[chosen]
+        tokens = torch.where(is_flipped[..., None] if plain.ndim == 3 else is_flipped, flipped, plain)
         rand = torch.rand(batch_size, generator=generator)
         labels = drop_labels(self.train.labels[chosen], rand, self.null_label, self.options.label_dropout)
-        drawn = self.objective.draw(indices, generator)
-        return tuple(part.to(self.device) for part in (labels, indices, *drawn))
+        drawn = self.objective.draw(tokens, generator)
+        return tuple(part.to(self.device) for part in (labels, tokens, *drawn))
 
     def loss(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The objective's loss."""
@@ -141,8 +147,8 @@ class ClassGeneratorTask:
         measured: dict[str, list[Tensor]] = {}
         for start in range(0, len(self.heldout), EVALUATION_BATCH):
             rows = slice(start, start + EVALUATION_BATCH)
-            indices = self.heldout.plain[rows]
-            batch = (self.heldout.labels[rows], indices, *self.objective.draw(indices, generator))
+            tokens = self.heldout.plain[rows]
+            batch = (self.heldout.labels[rows], tokens, *self.objective.draw(tokens, generator))
             values = self.objective.measure(model, *(part.to(self.device) for part in batch))
             for name, value in values.items():
                 measured.setdefault(name, []).append(value)
@@ -161,12 +167,18 @@ def objective_for(model: Generator, random_orders: bool) -> Objective:
         )
     if isinstance(model, MaskedGenerator):
         return MaskedObjective(model.mask_token_id)
+    if isinstance(model, XAR):
+        return flow_objective(model)
+    if isinstance(model, MAR):
+        return masked_diffusion_objective(model)
     return RandomOrderObjective() if random_orders else OrderedObjective()
 
 
 def null_label(model: Any) -> int:
     """The label that means "no class"."""
-    return model.null_label if isinstance(model, MaskedGenerator) else int(model.null_condition(1))
+    if isinstance(model, MaskedGenerator | ContinuousGenerator):
+        return model.null_label
+    return int(model.null_condition(1))
 
 
 def _check_labels(data: LabelledTokens, num_classes: int) -> None:

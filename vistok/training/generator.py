@@ -20,6 +20,7 @@ from vistok.models.generators.text_ar import TextAR
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.tokenizers.conv_titok import ConvTiTok
 from vistok.training.augment import Augmentation, augment
+from vistok.training.trainer import Task
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Captioned:
     colors: list[str | None]
 
 
-class NextTokenTask:
+class NextTokenTask(Task):
     """Cross-entropy of the image tokens given the text. A batch draws names evenly, then one picture of each.
 
     A model that sees only true tokens recognises a picture by its first few and forgets the text; when it then samples,

@@ -14,17 +14,17 @@ from tqdm import tqdm
 from vistok.data.cifar10 import Split, load_cifar10
 from vistok.files import atomic_path
 from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.models.tokenizers.kl import KLTokenizer
 
-FILE_NAME = "tokens.safetensors"
 BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class LabelledTokens:
-    """Tokens of the images of one split."""
+    """Tokens of the images of one split: code indices, or posteriors, means before standard deviations."""
 
-    plain: Tensor  # [n t] int64
-    flipped: Tensor  # [n t] int64, of the images mirrored left to right
+    plain: Tensor  # [n t] int64, or [n t 2c] float16
+    flipped: Tensor  # likewise, of the images mirrored left to right
     labels: Tensor  # [n] int64
 
     def __len__(self) -> int:
@@ -36,19 +36,19 @@ def load_or_tokenize(
 ) -> tuple[LabelledTokens, LabelledTokens]:
     """Training and test images of CIFAR-10 as tokens, from `folder` if they were written there before.
 
-    A file of another tokenizer or of other images is replaced.
+    A file of other images is replaced.
 
     Args:
-        tokenizer: a discrete tokenizer for 32 x 32 pixels, on the device where it should run.
+        tokenizer: for 32 x 32 pixels, on the device where it should run.
         cifar10: see `load_cifar10`.
-        folder: holds `tokens.safetensors`; made if it does not exist.
+        folder: holds a file per tokenizer; made if it does not exist.
 
     Raises:
         FileNotFoundError: the images are not in `cifar10`.
-        ValueError: the tokenizer is continuous or takes images of another size.
+        ValueError: the tokenizer is continuous without a posterior, or takes images of another size.
     """
     origin = {"tokenizer": tokenizer.identity(), "images": str(cifar10)}
-    path = folder / FILE_NAME
+    path = folder / f"tokens-{tokenizer.identity()}.safetensors"
     tensors = _read(path, origin)
     if tensors is None:
         tensors = {}
@@ -58,11 +58,14 @@ def load_or_tokenize(
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as partial:
             save_file(tensors, partial, origin)
-    train, test = (
-        LabelledTokens(*(tensors[f"{split}.{name}"].long() for name in ("plain", "flipped", "labels")))
-        for split in ("train", "test")
-    )
-    return train, test
+    return _split(tensors, "train"), _split(tensors, "test")
+
+
+def _split(tensors: dict[str, Tensor], split: Split) -> LabelledTokens:
+    plain, flipped, labels = (tensors[f"{split}.{name}"] for name in ("plain", "flipped", "labels"))
+    if not plain.is_floating_point():
+        plain, flipped = plain.long(), flipped.long()
+    return LabelledTokens(plain, flipped, labels.long())
 
 
 def _read(path: Path, origin: dict[str, str]) -> dict[str, Tensor] | None:
@@ -81,13 +84,21 @@ def _read(path: Path, origin: dict[str, str]) -> dict[str, Tensor] | None:
 @torch.inference_mode()
 def _tokenize(tokenizer: ImageTokenizer, cifar10: Path | str, split: Split) -> dict[str, Tensor]:
     images, labels = load_cifar10(cifar10, split)
-    if tokenizer.codebook_size is None:
-        raise ValueError(f"{type(tokenizer).__name__} is continuous; a class generator learns code indices")
     if tokenizer.image_size != images.shape[-1]:
         raise ValueError(f"CIFAR-10 has 32x32 pixels, the tokenizer takes {tokenizer.image_size}")
     found: dict[str, list[Tensor]] = {"plain": [], "flipped": []}
     for batch in tqdm(images.split(BATCH_SIZE), desc=f"tokenizing {split}", unit="batch"):
         pixels = (batch.float() / 127.5 - 1).to(tokenizer.device)
         for name, seen in (("plain", pixels), ("flipped", pixels.flip(-1))):
-            found[name].append(tokenizer.encode(seen).data.int().cpu())
+            found[name].append(_tokens(tokenizer, seen).cpu())
     return {**{name: torch.cat(parts) for name, parts in found.items()}, "labels": labels.int()}
+
+
+def _tokens(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
+    """Indices `[b t]` int32, or posteriors `[b t 2c]` float16."""
+    if tokenizer.codebook_size is not None:
+        return tokenizer.encode(images).data.int()
+    if not isinstance(tokenizer, KLTokenizer):
+        raise ValueError(f"{type(tokenizer).__name__} is continuous and has no posterior on a grid to learn")
+    posterior = tokenizer.posterior(images)
+    return torch.cat([posterior.mean, posterior.std], dim=-1).flatten(1, 2).half()

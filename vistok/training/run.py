@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,17 @@ from vistok.training.recipe import Recipe, from_mapping
 from vistok.training.trainer import Task, train
 
 # What `model_class` can name. A tokenizer is the first by default.
-TOKENIZERS = ("ConvTiTok", "VQGAN")
-CLASS_GENERATORS = ("AnyOrderAR", "AnyOrderMasked", "FlexARClass", "LlamaGenClass", "MaskGITBert", "NARClass")
+TOKENIZERS = ("ConvTiTok", "KLTokenizer", "VQGAN")
+CLASS_GENERATORS = (
+    "AnyOrderAR",
+    "AnyOrderMasked",
+    "FlexARClass",
+    "LlamaGenClass",
+    "MAR",
+    "MaskGITBert",
+    "NARClass",
+    "XAR",
+)
 
 
 def run(recipe: Recipe, folder: Path, *, device: str = "cpu") -> dict[str, float]:
@@ -28,11 +38,7 @@ def run(recipe: Recipe, folder: Path, *, device: str = "cpu") -> dict[str, float
 
 def _task(recipe: Recipe, device: torch.device, folder: Path) -> Task:
     if recipe.kind == "tokenizer":
-        from vistok.training.tokenizer import TokenizerOptions, TokenizerTask
-
-        options = from_mapping(TokenizerOptions, recipe.task, "task")
-        model = _initial(_tokenizer_class(recipe.model_class), recipe)
-        return TokenizerTask(model, options, recipe.augmentation, device)
+        return _tokenizer_task(recipe, device)
     if recipe.kind == "next-token":
         from vistok.models.generators.text_ar import TextAR
         from vistok.training.generator import GeneratorOptions, NextTokenTask
@@ -42,14 +48,39 @@ def _task(recipe: Recipe, device: torch.device, folder: Path) -> Task:
         data = from_mapping(GeneratorOptions, recipe.task, "task")
         return NextTokenTask(_initial(TextAR, recipe), data, recipe.augmentation, device, recipe.seed)
     if recipe.kind == "class-conditional":
-        from vistok.training.class_generator import ClassGeneratorOptions, ClassGeneratorTask
-
-        source = from_mapping(ClassGeneratorOptions, recipe.task, "task")
-        generator = _initial(_generator_class(recipe.model_class), recipe)
-        return ClassGeneratorTask(generator, source, recipe.augmentation, device, folder)
+        return _class_generator_task(recipe, device, folder)
     raise ValueError(
         f"unknown kind of training {recipe.kind!r}; known: tokenizer, next-token, class-conditional"
     )
+
+
+def _tokenizer_task(recipe: Recipe, device: torch.device) -> Task:
+    model = _initial(_tokenizer_class(recipe.model_class), recipe)
+    if model.codebook_size is None:
+        from vistok.training.kl_tokenizer import KLTokenizerOptions, KLTokenizerTask
+
+        continuous = from_mapping(KLTokenizerOptions, recipe.task, "task")
+        return KLTokenizerTask(model, continuous, recipe.augmentation, device)
+    from vistok.training.tokenizer import TokenizerOptions, TokenizerTask
+
+    options = from_mapping(TokenizerOptions, recipe.task, "task")
+    return TokenizerTask(model, options, recipe.augmentation, device)
+
+
+def _class_generator_task(recipe: Recipe, device: torch.device, folder: Path) -> Task:
+    from vistok.hub import load_tokenizer
+    from vistok.models.generators.base import ContinuousGenerator
+    from vistok.models.tokenizers.kl import KLTokenizer
+    from vistok.training.class_generator import ClassGeneratorOptions, ClassGeneratorTask
+
+    options = from_mapping(ClassGeneratorOptions, recipe.task, "task")
+    tokenizer = load_tokenizer(options.tokenizer, device=device)
+    model_class = _generator_class(recipe.model_class)
+    if issubclass(model_class, ContinuousGenerator) and isinstance(tokenizer, KLTokenizer):
+        latents = {"latent_dim": tokenizer.latent_channels, "latent_scale": tokenizer.scaling_factor or 1.0}
+        recipe = replace(recipe, model={**latents, **recipe.model})
+    model = _initial(model_class, recipe)
+    return ClassGeneratorTask(model, tokenizer, options, recipe.augmentation, device, folder)
 
 
 def _tokenizer_class(name: str | None) -> Any:

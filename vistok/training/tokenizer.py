@@ -1,20 +1,22 @@
-"""Training a discrete tokenizer on images: reconstruction, with the use of the codebook logged."""
+"""Training a tokenizer on images: reconstruction, and of a discrete one the use of the codebook."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistok.data.cifar10 import load_cifar10
 from vistok.data.images import load_folder
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.training.augment import Augmentation, augment
 from vistok.training.perceptual import PerceptualLoss
+from vistok.training.trainer import Task
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,8 @@ class TokenizerOptions:
     channels_last: bool = True  # memory layout of images and weights; model and device decide which is faster
 
 
-class TokenizerTask:
-    """Reconstruction of augmented images; measured on the held-out ones without augmentation.
-
-    The model has an `encoder` and a `quantizer`, and its `forward(images)`, of a variable-length tokenizer
-    `forward(images, lengths)`, gives reconstructions and a `QuantizerOutput`.
+class ReconstructionTask(Task):
+    """What all tokenizers have in common: the images, and how far a reconstruction is from them.
 
     Raises:
         ValueError: `options` name no data, or both kinds, or ask a tokenizer of fixed length to drop tails.
@@ -61,32 +60,29 @@ class TokenizerTask:
         self.device = device
         self.images, heldout = _load(options, model.image_size)
         self.heldout = heldout[: options.heldout_images]
-        for part in (self.model.encoder, self.model.quantizer):
+        for part in self.encoding_parts():
             part.requires_grad_(not options.freeze_encoder)
         self.perceptual = PerceptualLoss().to(device) if options.perceptual else None
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented images `[b 3 H W]`, and how many of their tokens are kept `[b]`."""
+    def encoding_parts(self) -> tuple[nn.Module, ...]:
+        """The parts of the model that decide which tokens an image has."""
+        raise NotImplementedError(f"{type(self).__name__} does not define encoding_parts()")
+
+    def draw_images(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Augmented training images `[b 3 H W]`."""
         chosen = torch.randint(len(self.images), (batch_size,), generator=generator)
         images = self.images[chosen].float() / 127.5 - 1
         images = augment(images, self.augmentation, self.model.image_size, generator)
-        lengths = draw_lengths(batch_size, self.model.num_tokens, self.options.tail_drop, generator)
-        return images.to(self.device, memory_format=self.memory_format), lengths.to(self.device)
+        return images.to(self.device, memory_format=self.memory_format)
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Weighted squared, absolute and perceptual error and the quantizer's own loss.
-
-        Logs the PSNR and the distinct codes of the batch.
-        """
-        images, lengths = batch
-        arguments = (images, lengths) if self.model.variable_length else (images,)
-        reconstruction, quantized = self.model(*arguments)
+    def reconstruction_loss(
+        self, reconstruction: Tensor, images: Tensor
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Weighted squared, absolute and perceptual error; logs the PSNR."""
         reconstruction = reconstruction.float()
         mse = F.mse_loss(reconstruction, images)
         loss = self.options.mse * mse + self.options.l1 * F.l1_loss(reconstruction, images)
-        loss = loss + quantized.loss
-        used = len(quantized.indices.unique()) / min(quantized.indices.numel(), self.model.codebook_size)
-        logs: dict[str, float | Tensor] = {"psnr": psnr_from_mse(mse.detach()), "batch_codes_used": used}
+        logs: dict[str, float | Tensor] = {"psnr": psnr_from_mse(mse.detach())}
         if self.perceptual is not None:
             few = slice(self.options.perceptual_images)
             with torch.autocast(images.device.type, enabled=False):  # the network's weights are float32
@@ -95,12 +91,42 @@ class TokenizerTask:
             logs["perceptual"] = distance.detach()
         return loss, logs
 
+    def heldout_batches(self) -> Iterator[Tensor]:
+        """Held-out images `[b 3 H W]`."""
+        for images in self.heldout.split(64):
+            yield (images.float() / 127.5 - 1).to(self.device)
+
+
+class TokenizerTask(ReconstructionTask):
+    """Reconstruction of augmented images; measured on the held-out ones without augmentation.
+
+    The model has an `encoder` and a `quantizer`, and its `forward(images)`, of a variable-length tokenizer
+    `forward(images, lengths)`, gives reconstructions and a `QuantizerOutput`.
+    """
+
+    def encoding_parts(self) -> tuple[nn.Module, ...]:
+        return self.model.encoder, self.model.quantizer
+
+    def batch(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented images `[b 3 H W]`, and how many of their tokens are kept `[b]`."""
+        images = self.draw_images(batch_size, generator)
+        lengths = draw_lengths(batch_size, self.model.num_tokens, self.options.tail_drop, generator)
+        return images, lengths.to(self.device)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """`reconstruction_loss` and the quantizer's own; logs the PSNR and the distinct codes of the batch."""
+        images, lengths = batch
+        arguments = (images, lengths) if self.model.variable_length else (images,)
+        reconstruction, quantized = self.model(*arguments)
+        loss, logs = self.reconstruction_loss(reconstruction, images)
+        used = len(quantized.indices.unique()) / min(quantized.indices.numel(), self.model.codebook_size)
+        return loss + quantized.loss, {**logs, "batch_codes_used": used}
+
     @torch.inference_mode()
     def evaluate(self, model: Any) -> dict[str, float]:
         """Held-out PSNR (mean over images, dB) and the share of the codebook that the held-out images use."""
         psnr, used = [], torch.zeros(model.codebook_size, dtype=torch.bool)
-        for images in self.heldout.split(64):
-            images = (images.float() / 127.5 - 1).to(self.device)
+        for images in self.heldout_batches():
             tokens = model.encode(images)
             error = (model.decode(tokens) - images).square().mean(dim=(1, 2, 3))
             psnr.append(psnr_from_mse(error))

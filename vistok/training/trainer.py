@@ -19,6 +19,8 @@ from vistok.kernels.attention import attention_backend
 from vistok.training.ema import EMA
 from vistok.training.recipe import Optimization, Recipe
 
+UNDECAYED = ("embed", "position", "latents", "denoiser")  # words in the names of parameters
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,6 +40,9 @@ class Task(Protocol):
     def evaluate(self, model: Any) -> dict[str, float]:
         """Held-out measurements of `model`, the averaged weights."""
         ...
+
+    def finish(self, model: Any) -> None:
+        """Set what the trained `model` should know of its data before it is saved; nothing by default."""
 
 
 def train(task: Task, recipe: Recipe, folder: Path, *, device: torch.device) -> dict[str, float]:
@@ -77,6 +82,7 @@ def train(task: Task, recipe: Recipe, folder: Path, *, device: torch.device) -> 
             logger.info("step %d: %s", done, measured)
             _save(folder / "checkpoint.pt", recipe, done, model, optimizer, ema)
     averaged = _averaged(model, ema)
+    task.finish(averaged)
     with atomic_path(folder / "model") as partial:
         averaged.save_pretrained(partial)
     return measured or task.evaluate(averaged)  # a finished run that is repeated has not been measured yet
@@ -114,11 +120,11 @@ def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextM
 
 
 def make_optimizer(model: nn.Module, options: Optimization) -> torch.optim.AdamW:
-    """AdamW with weight decay on parameters of two or more axes, embeddings and positions excepted."""
+    """AdamW with weight decay on parameters of two or more axes; not on embeddings, positions and MAR's head."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and not any(word in name for word in ("embed", "position", "latents"))
+        is_matrix = parameter.ndim >= 2 and not any(word in name for word in UNDECAYED)
         (decayed if is_matrix else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},

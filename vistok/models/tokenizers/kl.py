@@ -106,6 +106,16 @@ class KLTokenizer(ImageTokenizer):
         latents = rearrange(tokens.data.to(self.device), "b (h w) c -> b c h w", h=self.latent_shape[1])
         return self.decode_latents(latents).clamp(-1, 1)
 
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+        """Training pass over `images [b 3 H W]` in [-1, 1] with `noise [b c h w]` of their latents.
+
+        Returns:
+            Reconstructions `[b 3 H W]`, not clamped, and the posterior of the latents.
+        """
+        posterior = self.posterior(images)
+        latents = posterior.sample(rearrange(noise, "b c h w -> b h w c"))
+        return self.decode_latents(rearrange(latents, "b h w c -> b c h w")), posterior
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image's latents."""
