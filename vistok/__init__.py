@@ -15,6 +15,7 @@ PUBLIC = {
     "AnyOrderMasked": "vistok.models.generators.any_order",
     "ClassToImagePipeline": "vistok.pipelines.class_to_image",
     "ConvTiTok": "vistok.models.tokenizers.conv_titok",
+    "EagleDrafter": "vistok.models.drafters.eagle",
     "FlexARClass": "vistok.models.generators.flex_ar",
     "FlexARText": "vistok.models.generators.flex_ar",
     "FlexTok": "vistok.models.tokenizers.flextok",

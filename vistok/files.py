@@ -1,4 +1,4 @@
-"""Writing results so that nothing half-written is ever left behind."""
+"""Where files are kept, and writing them so that nothing half-written is ever left behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def home_folder() -> Path:
+    """Where files are kept between runs: `$VISTOK_HOME`, or `~/.cache/vistok`. It need not exist."""
+    return Path(os.environ.get("VISTOK_HOME", Path.home() / ".cache" / "vistok"))
 
 
 @contextlib.contextmanager

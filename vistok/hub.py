@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import vistok
+from vistok.files import home_folder
 from vistok.models import upstream
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.upstream.keys import mismatches
@@ -23,6 +23,7 @@ from vistok.models.upstream.releases import RELEASES, Release, matching_releases
 from vistok.zoo import shipped
 
 if TYPE_CHECKING:
+    from vistok.decoding.speculative.drafter import Drafter
     from vistok.pipelines.base import ImagePipeline
 
 
@@ -100,6 +101,37 @@ def load_tokenizer(name_or_path: str | Path, **options: Any) -> ImageTokenizer:
             f"{name_or_path} is a {type(model).__name__}, not a tokenizer or a pipeline; see `vistok models`"
         )
     return tokenizer
+
+
+def load_drafter(name_or_path: str | Path, target: Any) -> Drafter:
+    """A drafter for speculative decoding.
+
+    Args:
+        name_or_path: `"jacobi"`, `"neighbours"` or `"recycling"`, which need no training; or what `load` takes: an EAGLE
+            network, an early-exit adapter, or a small generator of the target's kind.
+        target: the generator that it drafts for; a network is moved to its device.
+
+    Raises:
+        ValueError, WeightsUnavailableError: as `load`, or the model drafts nothing.
+    """
+    from vistok.decoding.speculative import drafters, eagle
+    from vistok.models.drafters.eagle import EagleDrafter
+    from vistok.models.drafters.early_exit import EarlyExitAdapter
+    from vistok.models.generators.base import NextTokenGenerator
+
+    if (name := str(name_or_path)) in drafters.TRAINING_FREE:
+        return drafters.TRAINING_FREE[name]()
+    model = load(name_or_path, device=target.device, dtype=target.dtype)
+    if isinstance(model, EagleDrafter):
+        return eagle.EagleTreeDrafter(model)
+    if isinstance(model, EarlyExitAdapter):
+        return drafters.EarlyExitDrafter(model)
+    if isinstance(model, NextTokenGenerator):
+        return drafters.IndependentDrafter(model)
+    raise ValueError(
+        f"{name} is a {type(model).__name__}, which drafts nothing; name a trained drafter, a small "
+        f"{type(target).__name__}, or one of {', '.join(drafters.TRAINING_FREE)}"
+    )
 
 
 def known_names() -> list[str]:
@@ -284,7 +316,7 @@ def _local_if_offline(hub: dict[str, Any]) -> dict[str, Any]:
 
 def releases_folder() -> Path:
     """Where releases that were downloaded by hand are looked for: `$VISTOK_HOME`, or `~/.cache/vistok`."""
-    return Path(os.environ.get("VISTOK_HOME", Path.home() / ".cache" / "vistok"))
+    return home_folder()
 
 
 def _load_hub_id(hub_id: str, hub: dict[str, Any]) -> Any:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vistok.decoding.flow_sampling import generate_flow
+from vistok.decoding import flow_sampling
+from vistok.decoding.flow_sampling import SharedModulations, generate_flow
 from vistok.decoding.guidance import (
     ConstantGuidance,
     GuidanceSchedule,
@@ -19,7 +20,7 @@ from vistok.decoding.guidance import (
 )
 from vistok.decoding.step_schedules import annealed_steps
 from vistok.decoding.streams import ImageStreams, StepNoise
-from vistok.models.generators.xar import XAR, noisy_context_loss
+from vistok.models.generators.xar import XAR, Modulations, noisy_context_loss
 from vistok.models.heads.flow import Euler, EulerMaruyama, FlowHead
 from vistok.models.tokenizers.kl import KLTokenizer
 
@@ -151,19 +152,39 @@ def test_other_labels_can_be_led_away_from(model) -> None:
     torch.testing.assert_close(same, draw(model, guidance=ConstantGuidance()), atol=1e-4, rtol=0)
 
 
-def test_fewer_steps_for_later_cells(model, monkeypatch) -> None:
+@pytest.mark.parametrize("most_kept", [flow_sampling.MODULATIONS_KEPT, 0])
+def test_fewer_steps_for_later_cells(model, monkeypatch, most_kept: int) -> None:
+    monkeypatch.setattr(flow_sampling, "MODULATIONS_KEPT", most_kept)
     times: list[float] = []
-    velocity = model.velocity
+    at = SharedModulations.at
 
-    def recorded(latents: Tensor, time: Tensor, *arguments) -> Tensor:
-        times.append(float(time[0, -1]))
-        return velocity(latents, time, *arguments)
+    def recorded(modulations: SharedModulations, asked: list[float], num_rows: int) -> Modulations:
+        times.append(asked[-1])
+        found = at(modulations, asked, num_rows)
+        labels = torch.cat([LABELS, torch.full((4,), model.null_label)])[:num_rows]
+        expected = model.modulate(torch.tensor([asked]).expand(num_rows, -1), labels)
+        torch.testing.assert_close(found, expected)
+        return found
 
-    monkeypatch.setattr(model, "velocity", recorded)
+    monkeypatch.setattr(SharedModulations, "at", recorded)
     counts = annealed_steps(4, most=6, least=3)
     draw(model, num_inference_steps=counts)
     starts = [call for call, time in enumerate(times) if time == 1.0]
     assert counts == (6, 5, 4, 3) and starts == [0, 6, 11, 15] and len(times) == 18
+
+
+def test_modulations_are_made_once_for_every_class_and_time(model, monkeypatch) -> None:
+    made: list[torch.Size] = []
+    modulate = model.modulate
+
+    def counted(times: Tensor, labels: Tensor) -> Modulations:
+        made.append(times.shape)
+        return modulate(times, labels)
+
+    monkeypatch.setattr(model, "modulate", counted)
+    labels = torch.tensor([3, 1, 3, 3])
+    generate_flow(model, labels, streams=ImageStreams.from_seeds(range(4)), num_inference_steps=STEPS)
+    assert made == [(3, STEPS + 1)]  # two classes and none; all times, and that of what is decided
 
 
 def test_annealed_steps_are_the_published_ones() -> None:
@@ -234,7 +255,7 @@ def test_half_precision_is_in_the_network_only(model) -> None:
     half = make().to(torch.bfloat16)
     states: set[torch.dtype] = set()
     times: set[torch.dtype] = set()
-    velocity = half.velocity
+    modulate = half.modulate
 
     @dataclass(frozen=True)
     class Watched(EulerMaruyama):
@@ -242,11 +263,11 @@ def test_half_precision_is_in_the_network_only(model) -> None:
             states.update({state.dtype, velocity.dtype})
             return super().step(state, velocity, time, after, noise)
 
-    def recorded(latents: Tensor, time: Tensor, *arguments) -> Tensor:
+    def recorded(time: Tensor, labels: Tensor) -> Modulations:
         times.add(time.dtype)
-        return velocity(latents, time, *arguments)
+        return modulate(time, labels)
 
-    half.velocity = recorded  # type: ignore[method-assign]
+    half.modulate = recorded  # type: ignore[method-assign]
     drawn = draw(half, head=FlowHead(Watched()))
     assert (states, times, drawn.dtype) == ({torch.float64}, {torch.float32}, torch.float32)
     exact = draw(model)

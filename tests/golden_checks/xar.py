@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -11,10 +12,10 @@ from einops import rearrange
 from torch import Tensor
 
 from tests.golden_checks.case import Check, Comparison, GoldenCase
-from vistok.decoding.flow_sampling import generate_flow
+from vistok.decoding.flow_sampling import SharedModulations, generate_flow
 from vistok.decoding.guidance import RampGuidance
 from vistok.models import upstream
-from vistok.models.generators.xar import XAR, noisy_context_loss
+from vistok.models.generators.xar import XAR, Modulations, noisy_context_loss
 from vistok.models.heads.flow import Euler, EulerMaruyama, FlowHead, logit_normal_times
 from vistok.models.layers.kv_cache import KVCache
 from vistok.training.masked import drop_labels
@@ -122,17 +123,23 @@ def _run(case: GoldenCase, model: XAR, head: FlowHead, num_steps: int, scale: fl
     """One sampling run with the recorded noise, while the network is watched."""
     run = Run(calls=[[] for _ in range(model.order.num_steps)])
     plan = model.order.plan()
-    velocity = model.velocity
+    velocity, at = model.velocity, SharedModulations.at
+    told: list[tuple[Tensor, Tensor]] = []  # times and classes, of the call that comes next
 
-    def watched(latents: Tensor, times: Tensor, class_labels: Tensor, cache: KVCache) -> Tensor:
-        result = velocity(latents, times, class_labels, cache)
-        run.calls[len(run.cells)].append(Call(latents, times, class_labels, result))
+    def asked(modulations: SharedModulations, times: Sequence[float], num_rows: int) -> Modulations:
+        labels = modulations.classes[modulations.rows[:num_rows]]
+        told.append((torch.tensor(times).expand(num_rows, -1), labels))
+        return at(modulations, times, num_rows)
+
+    def watched(latents: Tensor, modulations: Modulations, cache: KVCache) -> Tensor:
+        result = velocity(latents, modulations, cache)
+        run.calls[len(run.cells)].append(Call(latents, *told.pop(), result))
         return result
 
     def keep_cell(step: int, latents: Tensor) -> None:
         run.cells.append(latents[:, plan[step]] * model.latent_scale)
 
-    with mock.patch.object(model, "velocity", watched):
+    with mock.patch.object(model, "velocity", watched), mock.patch.object(SharedModulations, "at", asked):
         tokens = generate_flow(
             model,
             case.inputs["labels"],
@@ -185,7 +192,7 @@ def _with_both_branches(model: XAR, call: Call) -> Call:
         return call
     labels = torch.cat([call.class_labels, torch.full_like(call.class_labels, model.null_label)])
     latents, times = call.latents.repeat(2, 1, 1), call.times.repeat(2, 1)
-    velocity = model.velocity(latents, times, labels, model.new_cache(len(labels)))
+    velocity = model.velocity(latents, model.modulate(times, labels), model.new_cache(len(labels)))
     return Call(latents, times, labels, velocity)
 
 

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from vistok.decoding.context_reuse import ContextReuse
 from vistok.models import upstream
 from vistok.models.generators.maskgit import MaskGITBert
 from vistok.models.tokenizers.conv_titok import ConvTiTok
 from vistok.models.upstream.releases import RELEASES
+from vistok.pipelines import drawing
 from vistok.pipelines.class_to_image import ClassToImagePipeline
 
 PRESET = {
@@ -17,6 +22,8 @@ PRESET = {
     "guidance_power": 3.0,
     "choice_temperature": 2.0,
     "softmax_annealing": True,
+    "reuse_period": 2,
+    "reuse_warm_up": 1,
 }
 
 
@@ -125,4 +132,34 @@ def test_a_release_brings_its_sampling_settings(pipeline: ClassToImagePipeline) 
         "guidance_power": 3.0,
         "choice_temperature": 9.5,
         "softmax_annealing": True,
+        "reuse_period": 1,
+        "reuse_warm_up": 0,
     }
+
+
+def test_context_reuse_reaches_the_loop(
+    pipeline: ClassToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ContextReuse] = []
+    loop = drawing.generate_masked
+
+    def spy(*arguments: Any, reuse: ContextReuse, **options: Any) -> Tensor:
+        seen.append(reuse)
+        return loop(*arguments, reuse=reuse, **options)
+
+    monkeypatch.setattr(drawing, "generate_masked", spy)
+    pipeline(1)
+    pipeline(1, reuse_period=1)
+    assert seen == [ContextReuse(2, warm_up=1), ContextReuse(1, warm_up=1)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ({"reuse_period": 0}, "period counts evaluations and must be at least 1"),
+        ({"reuse_warm_up": -1}, "warm_up counts evaluations and must be at least 0"),
+    ],
+)
+def test_reuse_that_cannot_be_is_refused(pipeline: ClassToImagePipeline, preset: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassToImagePipeline(pipeline.tokenizer, pipeline.transformer, **preset)

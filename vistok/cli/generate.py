@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,7 @@ from vistok.cli.detect import make_watermark
 from vistok.cli.keep import kept_tokens
 from vistok.cli.options import DEFAULT_MODEL, Device, Dtype, Model, Output, Seed, choose_device, choose_dtype
 from vistok.cli.output import PictureOutput, check_folder, report
+from vistok.cli.speculation import choose_speculation, statistics_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,6 +104,33 @@ def generate(
         float | None,
         typer.Option(min=0, help="More is easier to find and changes the images more. [default: 2]"),
     ] = None,
+    decoding: Annotated[
+        str,
+        typer.Option(
+            help="plain, speculative (a drafter proposes, the model keeps what it agrees with), or auto: with the "
+            "model's own drafter where that is faster here, which is measured once."
+        ),
+    ] = "auto",
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Trained drafter, small generator, jacobi, neighbours or recycling. [default: the model's own]",
+        ),
+    ] = None,
+    accept: Annotated[
+        str, typer.Option(help="strict keeps the model's distribution; lantern keeps more and does not.")
+    ] = "strict",
+    lantern_k: Annotated[
+        int | None, typer.Option(help="Codes that stand in for a drafted one. [default: 100]")
+    ] = None,
+    lantern_delta: Annotated[
+        float | None,
+        typer.Option(help="At most so much of their probability; above 1 a factor. [default: 0.1]"),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also draw with plain decoding, and report its time.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
@@ -129,8 +159,8 @@ def generate(
     mark = make_watermark(watermark, watermark_strength, pipeline.tokenizer.codebook_size, seeds)
     kept = kept_tokens(pipeline.tokenizer, keep_from, keep_region, keep_tokens)
     labels = [prompt for prompt in prompts for _ in range(num_images)]
-    loaded = time.perf_counter()
-    pictures = pipeline(
+    draw = partial(
+        pipeline,
         prompts,
         num_images_per_prompt=num_images,
         num_tokens=num_tokens,
@@ -140,8 +170,16 @@ def generate(
         **{pipeline.negative_argument: negative},
         **kept,
         **sampling,
-    ).images
+    )
+    needs_plain = preview is not None or mark is not None or bool(kept)
+    speculation = choose_speculation(
+        pipeline, decoding, drafter, accept, lantern_k, lantern_delta, needs_plain=needs_plain
+    )
+    loaded = time.perf_counter()
+    result = draw(speculation=speculation)
     seconds = time.perf_counter() - loaded
+    plain_seconds = _plain_seconds(draw) if compare and speculation is not None else None
+    pictures = result.images
     target.save(pictures, labels, _columns(num_images))
     report(
         "generate",
@@ -154,14 +192,24 @@ def generate(
         kept=None if keep_from is None else {"picture": str(keep_from), "tokens": int(kept["keep"].sum())},
         sampling=pipeline.sampling_settings(**sampling),
         watermark_strength=None if mark is None else mark.strength,
+        decoding="plain" if speculation is None else "speculative",
+        speculation=statistics_of(result.statistics),
         device=str(pipeline.device),
         dtype=dtype,
         load_seconds=round(loaded - started, 3),
         seconds=round(seconds, 3),
+        plain_seconds=plain_seconds,
         tokens_per_second=round(len(pictures) * drawn / seconds, 1),
         output=output,
         preview=None if preview is None else str(preview),
     )
+
+
+def _plain_seconds(draw: Callable[..., Any]) -> float:
+    """How long the same call takes with plain decoding."""
+    started = time.perf_counter()
+    draw(speculation=None)
+    return round(time.perf_counter() - started, 3)
 
 
 def previews_in(folder: Path, labels: list[str], columns: int) -> PreviewCallback:

@@ -2,12 +2,14 @@
 
 After "Plug-and-Play Context Feature Reuse for Efficient Masked Generation" (Liu et al. 2025, ReCAP): what a
 decided token contributes to the attention of the others hardly changes while few tokens are added, so full
-evaluations alternate with cheap ones that keep the keys and values of the last full one.
+evaluations alternate with cheap ones that keep the keys and values of the last full one. `mar_sampling` and
+`masked` say which.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,7 @@ class ContextReuse:
     def is_full(self, step: int) -> bool:
         """Whether the evaluation at `step`, counted from 0, is full; the first always is."""
         return step < self.warm_up or (step - self.warm_up) % self.period == 0
+
+    def next_full(self, step: int) -> int:
+        """The first step after `step` at which the evaluation is full."""
+        return next(later for later in count(step + 1) if self.is_full(later))

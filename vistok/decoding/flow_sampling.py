@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_g
 from vistok.decoding.ordered import StepCallback
 from vistok.decoding.step_schedules import steps_of_each
 from vistok.decoding.streams import NormalSource, StepNoise
-from vistok.models.generators.xar import XAR
+from vistok.models.generators.xar import XAR, Modulations
 from vistok.models.heads.flow import FlowHead
 from vistok.models.layers.kv_cache import KVCache
 from vistok.tokens import Tokens
+
+MODULATIONS_KEPT = 1024  # classes times times of a run; beyond, every call makes its own
 
 
 @torch.no_grad()
@@ -51,23 +53,57 @@ def generate_flow(
     head, guidance = head or model.head, guidance or ConstantGuidance()
     batch_size, plan = len(class_labels), model.order.plan()
     counts = steps_of_each(num_inference_steps, len(plan))
-    for count in set(counts):
-        head.integrator.times(count)  # raises where there are too few
+    # All times that the network is asked for; it raises here where the steps are too few.
+    times = {time for count in set(counts) for time in head.integrator.times(count)}
     scales = [guidance.at(step, len(plan)) for step in range(len(plan))]
     labels = _both_branches(model, class_labels, null_labels)  # [2b]
+    modulations = SharedModulations(model, labels, times)
     cache = model.new_cache(2 * batch_size)
     latents = torch.zeros(batch_size, model.num_tokens, model.latent_dim, device=model.device)
     for step, positions in enumerate(plan):
         if all(scale == 1.0 for scale in scales[step:]):
             cache = cache.narrow(batch_size)  # nobody asks for the other branch any more
         context = latents[:, plan[step - 1]] if step else None
-        velocity = StepVelocity(model, labels, cache, context, scales[step])
+        velocity = StepVelocity(model, modulations, cache, context, scales[step])
         noise = StepNoise(streams, (len(positions), model.latent_dim), model.device)
         drawn = head.sample(velocity, noise, num_inference_steps=counts[step])  # [b k c]
         latents[:, positions] = drawn.to(latents.dtype)
         if on_step is not None:
             on_step(step, latents / model.latent_scale)
     return Tokens(latents=latents / model.latent_scale, layout=model.layout)
+
+
+class SharedModulations:
+    """The modulations of a run, made once for every class and time that occur in it.
+
+    All steps of an order walk through the same times, and what is decided has time 0; so most calls of the network need
+    what an earlier one, or another image of the same class, has needed.
+
+    Args:
+        model: the network.
+        labels: `[r]` int64, of all rows.
+        times: that steps of the order can have.
+    """
+
+    def __init__(self, model: XAR, labels: Tensor, times: Collection[float]) -> None:
+        self.model = model
+        self.classes, self.rows = labels.unique(return_inverse=True)  # [u], [r]
+        self.columns = {time: column for column, time in enumerate(times)}
+        self.kept: Tensor | None = None
+        if len(self.classes) * len(times) <= MODULATIONS_KEPT:
+            self.kept = torch.stack(self._of_classes(list(times)))  # [blocks u t 6d]
+
+    def at(self, times: Sequence[float], num_rows: int) -> Modulations:
+        """Those of the first `num_rows` rows, for steps at these times."""
+        rows = self.rows[:num_rows]
+        if self.kept is None:
+            return [of_block[rows] for of_block in self._of_classes(times)]
+        columns = torch.tensor([self.columns[time] for time in times], device=rows.device)
+        return list(self.kept[:, rows[:, None], columns])  # [r s 6d] each
+
+    def _of_classes(self, times: Sequence[float]) -> Modulations:
+        row = torch.tensor(times, dtype=torch.float32, device=self.classes.device)
+        return self.model.modulate(row.expand(len(self.classes), -1), self.classes)
 
 
 class StepVelocity:
@@ -77,17 +113,22 @@ class StepVelocity:
 
     Args:
         model: the network.
-        labels: `[2b]`, of the conditional and of the unconditional branch.
+        modulations: of the conditional rows, and after them of the unconditional ones.
         cache: all steps before the last, of both branches, or of the first alone if no later step is guided either.
         context: the tokens of the step before `[b k c]`, scaled; `None` at the first step.
         scale: of the guidance.
     """
 
     def __init__(
-        self, model: XAR, labels: Tensor, cache: KVCache, context: Tensor | None, scale: float
+        self,
+        model: XAR,
+        modulations: SharedModulations,
+        cache: KVCache,
+        context: Tensor | None,
+        scale: float,
     ) -> None:
         self.model = model
-        self.labels = labels
+        self.modulations = modulations
         self.cache = cache
         self.context = context
         self.scale = scale
@@ -102,10 +143,7 @@ class StepVelocity:
             cache = cache.narrow(len(noisy))
         rows = cache.batch_size
         velocity = self.model.velocity(
-            latents.repeat(rows // len(noisy), 1, 1),
-            torch.tensor([times], dtype=torch.float32, device=latents.device).expand(rows, -1),
-            self.labels[:rows],
-            cache,
+            latents.repeat(rows // len(noisy), 1, 1), self.modulations.at(times, rows), cache
         )  # [rows k c]
         if self.scale == 1.0:
             return velocity[: len(noisy)]

@@ -232,7 +232,7 @@ class Backbone:
         hidden = self._of_all_branches(self.sequence[:, start:last].flip(1))
         given = take(self._of_all_branches(latents), decided)
         features = model.encode(given, decided, self.labels if is_full else None, encoder)
-        features = model.decode(features, decided, hidden, decoder)[:, -(end - start) :].flip(1)
+        features = model.decode(features, decided, hidden, decoder, num_last=end - start).flip(1)
         if is_full:
             self.num_kept = start
         return model.add_condition_positions(features, self._of_all_branches(self.sequence[:, start:end]))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vistok.decoding.context_reuse import ContextReuse
 from vistok.decoding.given import Given
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_guidance
 from vistok.decoding.ordered import StepCallback
 from vistok.decoding.sampling import LogitsProcessor
 from vistok.decoding.streams import UniformSource
 from vistok.models.generators.base import MaskedGenerator
+from vistok.models.layers.context_cache import ContextCache, Evaluation
 from vistok.order import ConfidenceOrder
 
 
@@ -65,12 +68,19 @@ def generate_masked(
     null_labels: Tensor | None = None,
     given: Given | None = None,
     logits_processor: LogitsProcessor | None = None,
+    reuse: ContextReuse | None = None,
     on_step: StepCallback | None = None,
 ) -> Tensor:
     """Sample all tokens of a batch of images (Chang et al. 2022, section 3.2, with the noise of TiTok's release).
 
     A decided token never changes. Without given tokens every row has the same number of masked positions at every step;
     with them a row's schedule is that of its own undecided positions.
+
+    Context reuse (ReCAP) changes the result. After a full evaluation every layer keeps the keys and values of what was
+    decided then; a cheap evaluation computes anew only the class and the positions that were undecided then, which see
+    each other and what was kept. Which of these are decided next follows from all of their confidences, so that none can
+    be left out, and a cheap evaluation saves the share of the tokens that was decided at the last full one: little at
+    the beginning, more towards the end. `vistok.eval.context_reuse` measures how far it is off.
 
     Args:
         model: a masked generator.
@@ -80,7 +90,9 @@ def generate_masked(
         guidance: scale per step; where it is 1.0 the unconditional branch is not computed.
         null_labels: `[b]` classes that guidance leads away from; "no class" by default.
         given: tokens that are not drawn and that all others see from the beginning.
-        logits_processor: changes the guided logits of every step.
+        logits_processor: changes the guided logits of every step; after a cheap evaluation those of tokens decided
+            before the last full one are 0.
+        reuse: which evaluations reuse features of the context; none by default.
         on_step: called after every step with the canvas; undecided positions hold `model.mask_token_id`.
 
     Returns:
@@ -93,13 +105,14 @@ def generate_masked(
     guidance = guidance or ConstantGuidance()
     class_labels = class_labels.to(model.device)
     null = torch.full_like(class_labels, model.null_label) if null_labels is None else null_labels
+    scales = [guidance.at(step, sampling.num_steps) for step in range(sampling.num_steps)]
+    backbone = Backbone(model, class_labels, null.to(model.device), scales, reuse or ContextReuse(period=1))
     indices = _canvas(model, len(class_labels), given)
     schedules = [
         _num_masked(row, sampling.num_steps) for row in (indices == model.mask_token_id).sum(dim=1).tolist()
     ]
     for step in range(sampling.num_steps):
-        scale = guidance.at(step, sampling.num_steps)
-        logits = predict(model, indices, class_labels, null.to(model.device), scale)  # [b n v]
+        logits = backbone.logits(step, indices)  # [b n v]
         if logits_processor is not None:
             logits = logits_processor(logits)
         logits = logits / sampling.softmax_temperature_at(step)
@@ -151,6 +164,70 @@ def predict(
     labels = torch.cat([class_labels, null_labels])
     cond, uncond = model(indices.repeat(2, 1), labels).float().chunk(2)
     return apply_guidance(cond, uncond, guidance_scale)
+
+
+class Backbone:
+    """The logits of every step, from full evaluations and from cheap ones that reuse their context.
+
+    Args:
+        model: a masked generator.
+        class_labels, null_labels: `[b]`, of both branches of guidance.
+        scales: of guidance, at every step.
+        reuse: which evaluations are full.
+    """
+
+    def __init__(
+        self,
+        model: MaskedGenerator,
+        class_labels: Tensor,
+        null_labels: Tensor,
+        scales: Sequence[float],
+        reuse: ContextReuse,
+    ) -> None:
+        self.model = model
+        self.labels = (class_labels, null_labels)
+        self.scales = scales
+        self.reuse = reuse
+        self.cache: ContextCache | None = None
+        if reuse.period > 1:
+            self.cache = model.new_cache(len(class_labels) * self._num_branches(0, len(scales)))
+        self.live = torch.empty(0)  # [b k], positions undecided at the last full evaluation
+
+    def logits(self, step: int, indices: Tensor) -> Tensor:
+        """Guided float32 logits `[b n v]` for the canvas `[b n]` at `step`."""
+        if self.cache is None:
+            return predict(self.model, indices, *self.labels, self.scales[step])
+        if not self.reuse.is_full(step):
+            return self._cheap(step, indices, self.cache)
+        # The unconditional branch is needed where a cheap evaluation before the next full one is guided.
+        branches = self._num_branches(step, self.reuse.next_full(step))
+        self.live = undecided(indices == self.model.mask_token_id)
+        return self._evaluate(step, indices, branches, self.cache.evaluate_all(branches * len(indices)))
+
+    def _cheap(self, step: int, indices: Tensor, cache: ContextCache) -> Tensor:
+        branches = self._num_branches(step, step + 1)
+        live_logits = self._evaluate(
+            step, indices, branches, cache.evaluate(self.live.repeat(branches, 1))
+        )  # [b k v]
+        logits = live_logits.new_zeros(len(indices), 1 + self.model.num_tokens, live_logits.shape[-1])
+        slots = self.live[..., None].expand_as(live_logits)
+        return logits.scatter(1, slots, live_logits)[:, :-1]  # the last one is of padding
+
+    def _evaluate(self, step: int, indices: Tensor, branches: int, evaluation: Evaluation) -> Tensor:
+        labels = torch.cat(self.labels[:branches])
+        logits = self.model(indices.repeat(branches, 1), labels, evaluation).float()
+        return apply_guidance(logits[: len(indices)], logits[len(indices) :], self.scales[step])
+
+    def _num_branches(self, start: int, end: int) -> int:
+        """How many branches the steps from `start` on, before `end`, need: one where guidance is off."""
+        return 1 if all(scale == 1.0 for scale in self.scales[start:end]) else 2
+
+
+def undecided(is_masked: Tensor) -> Tensor:
+    """Where `is_masked [b n]`, by ascending position; rows with fewer are padded with `n`: `[b k]` int64."""
+    positions = (~is_masked).to(torch.uint8).argsort(dim=1, stable=True)
+    positions = positions.masked_fill(~is_masked.gather(1, positions), is_masked.shape[1])
+    return positions[:, : int(is_masked.sum(dim=1).max())]
 
 
 def gumbel(uniforms: Tensor) -> Tensor:

@@ -95,7 +95,12 @@ def sample(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> Tensor:
     Returns:
         `[...]` int64.
     """
-    cumulative = token_probabilities(logits, params).double().cumsum(dim=-1)  # [... v]
-    target = uniforms.to(logits.device).double()[..., None] * cumulative[..., -1:]
+    return draw(token_probabilities(logits, params), uniforms)
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """As `sample`, from probabilities `[... v]`, which need not sum to 1."""
+    cumulative = probs.double().cumsum(dim=-1)  # [... v]
+    target = uniforms.to(probs.device).double()[..., None] * cumulative[..., -1:]
     # side="right": an id without probability has an empty interval and is never drawn.
-    return torch.searchsorted(cumulative, target, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, target, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)

@@ -19,6 +19,7 @@ from vistok.data.images import to_pil
 from vistok.decoding.given import Given
 from vistok.decoding.ordered import StepCallback, check_num_tokens
 from vistok.decoding.sampling import LogitsProcessor
+from vistok.decoding.speculative.generate import SpeculationStatistics
 from vistok.decoding.streams import ImageStreams
 from vistok.models.generators.base import Condition, Generator, OrderedGenerator, repeat_each
 from vistok.models.tokenizers.base import ImageTokenizer, NumTokens
@@ -28,6 +29,7 @@ from vistok.pipelines.drawing import Conditions, Request, check_codes, draw, fol
 from vistok.pipelines.fit import check_fit
 from vistok.pipelines.inpainting import given_tokens
 from vistok.pipelines.settings import ALL_SETTINGS, Settings, override, settings_for
+from vistok.pipelines.speculation import SpeculativeDecoding, check_speculation, speculate
 from vistok.tokens import Tokens
 
 # diffusers' list of libraries that parts of a pipeline come from: model_index.json then names ours as "vistok".
@@ -39,9 +41,15 @@ StepEnd = Callable[["ImagePipeline", int, int, dict[str, Any]], object]  # what 
 
 @dataclass
 class ImagePipelineOutput(BaseOutput):
-    """Result of a pipeline: pictures, arrays `[b H W 3]` in [0, 1], a tensor `[b 3 H W]` in [-1, 1], or `Tokens`."""
+    """Result of a pipeline.
+
+    Args:
+        images: pictures, arrays `[b H W 3]` in [0, 1], a tensor `[b 3 H W]` in [-1, 1], or `Tokens`.
+        statistics: what speculative decoding took; `None` for plain decoding.
+    """
 
     images: list[PIL.Image.Image] | np.ndarray | Tensor | Tokens
+    statistics: SpeculationStatistics | None = None
 
 
 class ImagePipeline(DiffusionPipeline):
@@ -67,7 +75,8 @@ class ImagePipeline(DiffusionPipeline):
         choice_temperature, softmax_annealing: of a masked generator.
         temperature: of a generator with a fixed order, and of MAR.
         integrator: of xAR.
-        last_timestep, reuse_period, reuse_warm_up: of MAR.
+        last_timestep: of MAR.
+        reuse_period, reuse_warm_up: of a masked generator, and of MAR.
         decode_options: for `tokenizer.decode`.
 
     Raises:
@@ -156,6 +165,7 @@ class ImagePipeline(DiffusionPipeline):
         tokens: Tokens | None,
         keep: Tensor | None,
         logits_processor: LogitsProcessor | None,
+        speculation: SpeculativeDecoding | None,
         seed: int | Sequence[int],
         generator: torch.Generator | Sequence[torch.Generator] | None,
         decode_options: Mapping[str, Any] | None,
@@ -181,12 +191,23 @@ class ImagePipeline(DiffusionPipeline):
         streams = self._streams(seed, generator, num_prompts, num_images_per_prompt)
         decoder = self._decoder(streams, decode_options)
         preview = self._preview(preview_callback, preview_at, lengths, decoder, output_type)
+        if speculation is not None:
+            check_speculation(
+                self.transformer,
+                has_given=given is not None,
+                has_processor=logits_processor is not None,
+                has_preview=preview is not None,
+            )
         model = followed_order(self.transformer, given)
         drawn_from = conditions()
         with self._steps(num_steps(model, settings, lengths), callback_on_step_end, preview) as on_step:
             request = Request(drawn_from, streams, lengths, given, logits_processor, on_step)
-            drawn = draw(model, settings, request)
-        return self._output(drawn, decoder, output_type, return_dict)
+            if speculation is None:
+                drawn, statistics = draw(model, settings, request), None
+            else:
+                result = speculate(model, settings, request, speculation)
+                drawn, statistics = result.tokens, result.statistics
+        return self._output(drawn, statistics, decoder, output_type, return_dict)
 
     def _streams(
         self, seed: int | Sequence[int], generator: Any, num_prompts: int, per_prompt: int
@@ -256,7 +277,7 @@ class ImagePipeline(DiffusionPipeline):
         name = "latents" if self.tokenizer.codebook_size is None else "indices"
 
         def on_step(step: int, drawn: Tensor) -> None:
-            progress.update()
+            progress.update(step + 1 - progress.n)
             if callback is not None:
                 callback(self, step, num_steps, {name: drawn})
             if preview is not None:
@@ -265,7 +286,9 @@ class ImagePipeline(DiffusionPipeline):
         try:
             yield on_step
         except BaseException:
-            # When closed it would print itself once more, below what is said about the error.
+            if not progress.disable:
+                progress.fp.write("\n")  # what is said about the error begins a line
+            # When closed it would print itself once more, below that.
             progress.disable = True
             raise
         progress.close()
@@ -276,10 +299,15 @@ class ImagePipeline(DiffusionPipeline):
         )
 
     def _output(
-        self, tokens: Tokens, decoder: ImageDecoder, output_type: str, return_dict: bool
+        self,
+        tokens: Tokens,
+        statistics: SpeculationStatistics | None,
+        decoder: ImageDecoder,
+        output_type: str,
+        return_dict: bool,
     ) -> ImagePipelineOutput | tuple:
         result: Any = tokens if output_type == "tokens" else _convert(decoder(tokens), output_type)
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
+        return ImagePipelineOutput(images=result, statistics=statistics) if return_dict else (result,)
 
 
 def check_request(output_type: str, num_images_per_prompt: int) -> None:

@@ -25,6 +25,7 @@ from vistok.pipelines.base import (
 )
 from vistok.pipelines.decoder import PreviewCallback
 from vistok.pipelines.drawing import Conditions
+from vistok.pipelines.speculation import SpeculativeDecoding
 from vistok.tokens import Tokens
 
 Label = int | str
@@ -65,6 +66,7 @@ class ClassToImagePipeline(ImagePipeline):
         integrator: str | None = None,
         reuse_period: int | None = None,
         logits_processor: LogitsProcessor | None = None,
+        speculation: SpeculativeDecoding | None = None,
         seed: int | Sequence[int] = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decode_options: Mapping[str, Any] | None = None,
@@ -109,8 +111,11 @@ class ClassToImagePipeline(ImagePipeline):
             choice_temperature: of a masked generator, see `MaskedSamplingParams`.
             temperature: of a generator with a fixed order, see `OrderedSettings`, and of MAR, see `DiffusionSettings`.
             integrator: of xAR, see `FlowSettings`.
-            reuse_period: of MAR: one step in so many evaluates everything, the others reuse features (`ContextReuse`).
+            reuse_period: of a masked generator, and of MAR: one step in so many evaluates everything, the others reuse
+                features (`ContextReuse`).
             logits_processor: changes the guided logits `[b k codebook_size]` of every step before tokens are drawn.
+            speculation: of a next-token generator: draft tokens and keep some, with fewer passes of the model. Seeds give
+                other images than without, of the same distribution if the rule is lossless.
             seed: image j of every class uses `seed + j`; or a list with one seed per image. An image is the same
                 whatever else is in the batch.
             generator: instead of `seed`, one `torch.Generator` per image, or one from which they are seeded.
@@ -158,6 +163,7 @@ class ClassToImagePipeline(ImagePipeline):
             tokens=tokens,
             keep=keep,
             logits_processor=logits_processor,
+            speculation=speculation,
             seed=seed,
             generator=generator,
             decode_options=decode_options,

@@ -149,6 +149,7 @@ def _draw_masked(model: MaskedGenerator, settings: MaskedSettings, request: Requ
         null_labels=null_labels,
         given=request.given,
         logits_processor=request.logits_processor,
+        reuse=settings.reuse,
         on_step=request.on_step,
     )
     return Tokens(indices=indices, codebook_size=model.codebook_size, layout=model.layout)

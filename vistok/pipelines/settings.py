@@ -99,8 +99,25 @@ class ScheduledGuidance:
 
 
 @dataclass(frozen=True)
-class MaskedSettings(ScheduledGuidance):
-    """Of a masked generator: `MaskedSamplingParams` and guidance.
+class ReuseSettings:
+    """Context reuse by numbers, see `ContextReuse`; a period of 1 is off."""
+
+    reuse_period: int = 1
+    reuse_warm_up: int = 0
+
+    @property
+    def reuse(self) -> ContextReuse:
+        """Which steps reuse features of the context; raises ValueError where a number is outside its range."""
+        return ContextReuse(self.reuse_period, self.reuse_warm_up)
+
+
+@dataclass(frozen=True)
+class MaskedSettings(ReuseSettings, ScheduledGuidance):
+    """Of a masked generator: `MaskedSamplingParams`, guidance, context reuse.
+
+    Args:
+        num_inference_steps, choice_temperature, softmax_annealing: see `MaskedSamplingParams`.
+        reuse_period, reuse_warm_up: see `ContextReuse`; a period of 1 is off.
 
     Raises:
         ValueError: a value outside its range, or an unknown schedule.
@@ -112,7 +129,7 @@ class MaskedSettings(ScheduledGuidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.sampling
+        _ = self.sampling, self.reuse
 
     @property
     def sampling(self) -> MaskedSamplingParams:
@@ -194,7 +211,7 @@ class FlowSettings(DenoisingSettings):
 
 
 @dataclass(frozen=True)
-class DiffusionSettings(DenoisingSettings):
+class DiffusionSettings(ReuseSettings, DenoisingSettings):
     """Of a masked generator that draws tokens by diffusion (MAR): steps, guidance, temperature, context reuse.
 
     Args:
@@ -213,8 +230,6 @@ class DiffusionSettings(DenoisingSettings):
     num_steps: int | None = None
     temperature: float = 1.0
     last_timestep: int | None = None
-    reuse_period: int = 1
-    reuse_warm_up: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,11 +243,6 @@ class DiffusionSettings(DenoisingSettings):
         first, last = self.extremes
         default = ANNEALED_LAST_TIMESTEP if last < first else NUM_TIMESTEPS - 1
         return DiffusionHead(self.temperature, default if self.last_timestep is None else self.last_timestep)
-
-    @property
-    def reuse(self) -> ContextReuse:
-        """Which steps reuse features of the context."""
-        return ContextReuse(self.reuse_period, self.reuse_warm_up)
 
     def fitted(self, generator: Generator) -> DiffusionSettings:
         """These settings, `num_steps` filled in; raises ValueError when there are fewer tokens than steps."""

@@ -25,6 +25,7 @@ from vistok.pipelines.base import (
 from vistok.pipelines.decoder import PreviewCallback
 from vistok.pipelines.drawing import Conditions
 from vistok.pipelines.settings import Settings
+from vistok.pipelines.speculation import SpeculativeDecoding
 from vistok.tokens import Tokens
 
 Prompts = str | Sequence[str]
@@ -129,6 +130,7 @@ class TextToImagePipeline(ImagePipeline):
         top_p: float | None = None,
         typical_p: float | None = None,
         logits_processor: LogitsProcessor | None = None,
+        speculation: SpeculativeDecoding | None = None,
         seed: int | Sequence[int] = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decode_options: Mapping[str, Any] | None = None,
@@ -177,6 +179,7 @@ class TextToImagePipeline(ImagePipeline):
             tokens=tokens,
             keep=keep,
             logits_processor=logits_processor,
+            speculation=speculation,
             seed=seed,
             generator=generator,
             decode_options=decode_options,

@@ -35,7 +35,7 @@ class Recipe:
     `task` holds the options of the task's own dataclass, `model` the constructor arguments of the model.
     """
 
-    kind: str  # "tokenizer", "next-token" or "class-conditional"
+    kind: str  # "tokenizer", "next-token", "class-conditional" or "drafter"
     model: dict[str, Any]
     task: dict[str, Any]
     model_class: str | None = None  # its public name; a tokenizer is a ConvTiTok by default

@@ -49,8 +49,17 @@ def _task(recipe: Recipe, device: torch.device, folder: Path) -> Task:
         return NextTokenTask(_initial(TextAR, recipe), data, recipe.augmentation, device, recipe.seed)
     if recipe.kind == "class-conditional":
         return _class_generator_task(recipe, device, folder)
+    if recipe.kind == "drafter":
+        from vistok.models.drafters.eagle import EagleDrafter
+        from vistok.training.drafter import DrafterOptions, DrafterTask
+
+        if recipe.model_class not in (None, "EagleDrafter"):
+            raise ValueError(f"model_class must be EagleDrafter for a drafter, got {recipe.model_class!r}")
+        goal = from_mapping(DrafterOptions, recipe.task, "task")
+        drafter = _initial(EagleDrafter, recipe)
+        return DrafterTask(drafter, goal, recipe.augmentation, device, folder, recipe.seed)
     raise ValueError(
-        f"unknown kind of training {recipe.kind!r}; known: tokenizer, next-token, class-conditional"
+        f"unknown kind of training {recipe.kind!r}; known: tokenizer, next-token, class-conditional, drafter"
     )
 
 

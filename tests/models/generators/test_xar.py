@@ -67,14 +67,18 @@ def test_steps_with_a_cache_give_what_the_whole_sequence_gives(
     for step, positions in enumerate(plan):
         first = max(step - 1, 0) if together else step
         places = torch.cat(plan[first : step + 1])
-        velocity = model.velocity(noisy[:, places], times[:, first : step + 1], labels, cache)
+        modulations = model.modulate(times[:, first : step + 1], labels)
+        velocity = model.velocity(noisy[:, places], modulations, cache)
         torch.testing.assert_close(velocity, whole[:, positions], atol=2e-5, rtol=0)
-        again = model.velocity(noisy[:, positions], times[:, step : step + 1], labels, cache)
+        again = model.velocity(noisy[:, positions], model.modulate(times[:, step : step + 1], labels), cache)
         torch.testing.assert_close(again, velocity, atol=2e-5, rtol=0)
         if not together and step + 1 < len(plan):  # the next step's first call keeps this one
-            model.velocity(
-                noisy[:, torch.cat(plan[step : step + 2])], times[:, step : step + 2], labels, cache
-            )
+            modulations = model.modulate(times[:, step : step + 2], labels)
+            model.velocity(noisy[:, torch.cat(plan[step : step + 2])], modulations, cache)
+        everything = model.velocity(
+            noisy[:, torch.cat(plan[: step + 1])], model.modulate(times[:, : step + 1], labels)
+        )
+        torch.testing.assert_close(everything, velocity, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("order", "layout", "num_tokens"), ORDERS)
@@ -195,8 +199,8 @@ def test_only_whole_steps_are_taken() -> None:
     noisy, times, labels = batch(model)
     cache = model.new_cache(3)
     with pytest.raises(ValueError, match=r"2 tokens with 1 times were fed at step 0;.*\[1, 2, 15\]"):
-        model.velocity(noisy[:, :2], times[:, :1], labels, cache)
-    model.velocity(noisy[:, :3], times[:, :2], labels, cache)
+        model.velocity(noisy[:, :2], model.modulate(times[:, :1], labels), cache)
+    model.velocity(noisy[:, :3], model.modulate(times[:, :2], labels), cache)
     assert cache.length == 1
     with pytest.raises(ValueError, match=r"18 tokens with 3 times were fed at step 1;.*\[2, 15\]"):
-        model.velocity(noisy, times, labels, cache)
+        model.velocity(noisy, model.modulate(times, labels), cache)

@@ -9,6 +9,7 @@ from vistok.kernels.attention.masks import (
     OrderMask,
     PackedMask,
     SelfMask,
+    TreeMask,
 )
 from vistok.kernels.attention.packing import pack, unpack
 
@@ -20,6 +21,7 @@ __all__ = [
     "OrderMask",
     "PackedMask",
     "SelfMask",
+    "TreeMask",
     "attention",
     "attention_backend",
     "pack",

@@ -160,6 +160,45 @@ class SelfMask(AttentionMask):
 
 
 @dataclass(frozen=True)
+class TreeMask(AttentionMask):
+    """The queries are nodes of a tree, the keys a cache whose rows advance separately.
+
+    Row i of the keys holds `lengths[i]` committed positions, then `t` nodes, then padding up to the longest row. The
+    queries are the last `q` of the nodes; each sees the committed positions of its row, its ancestors and itself.
+
+    Args:
+        lengths: `[b]` int64.
+        ancestors: `[b q t]` boolean: node j is the query's node or above it.
+    """
+
+    lengths: Tensor
+    ancestors: Tensor
+
+    @property
+    def num_keys(self) -> int:
+        """Positions of the longest row with its nodes."""
+        longest = self.once("longest", self.lengths.device, lambda: int(self.lengths.max()))
+        return longest + self.ancestors.shape[2]
+
+    def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        expected = (self.ancestors.shape[1], self.num_keys)
+        if expected != (num_queries, num_keys):
+            raise ValueError(
+                f"TreeMask covers {expected[0]} queries and {expected[1]} keys, "
+                f"the attention has {num_queries} and {num_keys}"
+            )
+        return self.once("dense", device, lambda: self._dense(num_keys, device))
+
+    def _dense(self, num_keys: int, device: torch.device) -> Tensor:
+        lengths, ancestors = self.lengths.to(device), self.ancestors.to(device)
+        node = torch.arange(num_keys, device=device) - lengths[:, None]  # [b k], of the key; negative: committed
+        last = ancestors.shape[2] - 1
+        places = node.clamp(0, last)[:, None].expand(-1, ancestors.shape[1], -1)  # [b q k]
+        is_above = ancestors.gather(2, places) & (node <= last)[:, None]
+        return (is_above | (node < 0)[:, None])[:, None]  # [b 1 q k]
+
+
+@dataclass(frozen=True)
 class EitherMask(AttentionMask):
     """A pair may attend where one of two boolean masks allows it."""
 

@@ -35,6 +35,7 @@ from vistok.kernels.attention import AttentionMask, OrderMask
 from vistok.models.generators.base import Generator, MaskedGenerator, OrderedGenerator
 from vistok.models.generators.llamagen import ClassPrefix
 from vistok.models.layers.attention import SelfAttention
+from vistok.models.layers.context_cache import ContextCache, Evaluation
 from vistok.models.layers.kv_cache import KVCache, LayerCache
 from vistok.models.layers.mlp import GatedMLP
 from vistok.models.layers.norm import RMSNorm
@@ -100,12 +101,16 @@ class AnyOrder(Generator):
             raise ValueError(f"class labels must be [{len(indices)}], got {list(class_labels.shape)}")
 
     def rotation(self, places: Tensor) -> Rotation:
-        """Rotary angles of `places [n]`: 0 is the class, 1 + i is position i."""
+        """Rotary angles of `places [n]`, or `[b 1 n]`: 0 is the class, 1 + i is position i."""
         cos, sin = rotation_table(self.layout, self.num_tokens, self.head_dim, places.device)
         return cos[places], sin[places]
 
     def trunk(
-        self, embedded: Tensor, rotation: Rotation, mask: AttentionMask | None, cache: KVCache | None = None
+        self,
+        embedded: Tensor,
+        rotation: Rotation,
+        mask: AttentionMask | None,
+        cache: KVCache | Evaluation | None = None,
     ) -> Tensor:
         """All blocks, `[b n d]` -> `[b n d]`."""
         hidden_states = self.embed_dropout(embedded)
@@ -333,15 +338,31 @@ class AnyOrderMasked(AnyOrder, MaskedGenerator):  # type: ignore[misc]  # as for
             dropout=dropout,
         )
 
-    def forward(self, indices: Tensor, class_labels: Tensor) -> Tensor:
+    def forward(self, indices: Tensor, class_labels: Tensor, evaluation: Evaluation | None = None) -> Tensor:
         """See `MaskedGenerator.forward`."""
         self.check(class_labels, indices)
         is_masked = (indices == self.mask_token_id)[..., None]  # [b n 1]
         tokens = self.token_embed(indices.masked_fill(is_masked[..., 0], 0))
         embedded = torch.where(is_masked, self.mask_embed, tokens)
         embedded = torch.cat([self.prefix(class_labels)[0], embedded], dim=1)  # [b 1+n d]
-        rotation = self.rotation(torch.arange(1 + self.num_tokens, device=indices.device))
-        return self.logits(self.trunk(embedded, rotation, None)[:, 1:])
+        places = torch.arange(1 + self.num_tokens, device=indices.device)
+        if evaluation is not None:
+            embedded = evaluation.select(embedded)
+            places = evaluation.select(places.expand(len(indices), -1))[:, None]  # [b 1 1+k]
+        hidden_states = self.trunk(embedded, self.rotation(places), None, evaluation)
+        return self.logits(hidden_states[:, 1:])
+
+    def new_cache(self, batch_size: int) -> ContextCache:
+        """See `MaskedGenerator.new_cache`."""
+        return ContextCache(
+            depth=len(self.blocks),
+            batch_size=batch_size,
+            num_heads=self.config["num_heads"],
+            num_tokens=self.num_tokens,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
 
 class AnyOrderBlock(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from vistok.kernels.attention import TreeMask
 from vistok.models.generators.text_features import TextFeatures
+from vistok.models.layers.context_cache import ContextCache, Evaluation
 from vistok.models.layers.kv_cache import KVCache
 from vistok.order import Order, RasterOrder
 from vistok.tokens import Layout
@@ -69,6 +72,60 @@ class OrderedGenerator(Generator):
             `[b k' codebook_size]`, by ascending position.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define step()")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a next-token generator makes of some positions.
+
+    Args:
+        features: `[r n d]`, what the head reads.
+        logits: `[r k v]`, of the last `k` of these positions; they predict the tokens that follow them.
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
+class NextTokenGenerator(OrderedGenerator):
+    """A generator that predicts the token that follows each token, in raster order, and so can verify drafts."""
+
+    def prefill(self, condition: Any, cache: Any) -> Tensor:
+        return self.read_prefix(condition, cache).logits
+
+    def read_prefix(self, condition: Any, cache: Any) -> Reading:
+        """Feed the condition.
+
+        Returns:
+            The features of all positions before the first token, `[r n d]`, and the logits of the last, `[r 1 v]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define read_prefix()")
+
+    def read_nodes(self, indices: Tensor, depths: Tensor, mask: TreeMask, cache: Any) -> Reading:
+        """Feed nodes of a tree, which stay in the cache until its `commit`.
+
+        Args:
+            indices: `[r t]` int64 tokens.
+            depths: `[r t]` int64; a node of depth k is the token k places after those committed. Places beyond the
+                end of the image count as its last.
+            mask: who sees whom.
+            cache: with rows of their own lengths, see `KVCache.split_rows`.
+
+        Returns:
+            Features `[r t d]` and logits `[r t v]` of all nodes.
+
+        Raises:
+            ValueError: the mask was made for other lengths than those of the cache.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define read_nodes()")
+
+    def features_to_logits(self, features: Tensor) -> Tensor:
+        """The head: `[r n d]` -> `[r n v]`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define features_to_logits()")
+
+    def embed_tokens(self, indices: Tensor) -> Tensor:
+        """The table of tokens: `[r n]` int64 -> `[r n d]`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define embed_tokens()")
 
 
 def join_conditions(first: Condition, second: Condition) -> Condition:
@@ -152,14 +209,23 @@ class MaskedGenerator(Generator):
         """The class label of the unconditional branch, the first after the classes."""
         return self.num_classes
 
-    def forward(self, indices: Tensor, class_labels: Tensor) -> Tensor:
+    def forward(self, indices: Tensor, class_labels: Tensor, evaluation: Evaluation | None = None) -> Tensor:
         """Predict every position.
 
         Args:
             indices: `[b n]` int64, codes and `mask_token_id`.
             class_labels: `[b]` int64 in `[0, num_classes)`, or `null_label`.
+            evaluation: from a cache of `new_cache`, which is brought up to date; it may say to compute only some
+                positions anew, and to take for all others what the cache has of them.
 
         Returns:
-            Logits `[b n codebook_size]`.
+            Logits `[b n codebook_size]`, or `[b k codebook_size]` of the positions that are evaluated.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward()")
+
+    def new_cache(self, batch_size: int) -> ContextCache:
+        """A cache for `batch_size` rows, for generators whose features of the context can be reused."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define new_cache(), so it cannot reuse features of its context; "
+            "evaluate everything at every step: a period of 1"
+        )

@@ -18,8 +18,8 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.kernels.attention import CausalMask, KeyMask, attention
-from vistok.models.generators.base import OrderedGenerator
+from vistok.kernels.attention import AttentionMask, CausalMask, KeyMask, TreeMask, attention
+from vistok.models.generators.base import NextTokenGenerator, Reading
 from vistok.models.generators.text_features import TextFeatures
 from vistok.models.layers.attention import SelfAttention
 from vistok.models.layers.kv_cache import KVCache, LayerCache
@@ -106,7 +106,7 @@ class TextKeys:
         return TextKeys(self.keys[:batch_size], self.values[:batch_size], self.keep[:batch_size])
 
 
-class FlexAR(OrderedGenerator):
+class FlexAR(NextTokenGenerator):
     """What both kinds of conditioning share: tokens in, blocks, logits out."""
 
     _supports_gradient_checkpointing = False
@@ -151,6 +151,18 @@ class FlexAR(OrderedGenerator):
         embedded = self.token_embed(indices) + self.position_embed[first : first + num_fed]  # [b k d]
         return self.head(self.trunk(embedded, cache.text, cache))
 
+    def read_nodes(self, indices: Tensor, depths: Tensor, mask: TreeMask, cache: FlexARCache) -> Reading:
+        places = cache.node_places(depths).clamp(max=self.num_tokens - 1)  # [r t]
+        embedded = self.token_embed(indices) + self.position_embed[places]
+        features = self.trunk(embedded, cache.text, cache, mask)
+        return Reading(features, self.head(features))
+
+    def features_to_logits(self, features: Tensor) -> Tensor:
+        return self.head(features)
+
+    def embed_tokens(self, indices: Tensor) -> Tensor:
+        return self.token_embed(indices)
+
     def embed(self, indices: Tensor) -> Tensor:
         """`[start, tokens but the last]` with positions: `indices [b n]` -> `[b n d]`.
 
@@ -166,12 +178,17 @@ class FlexAR(OrderedGenerator):
         return embedded + self.position_embed[: indices.shape[1]]
 
     def trunk(
-        self, hidden_states: Tensor, text: list[TextKeys] | None = None, cache: FlexARCache | None = None
+        self,
+        hidden_states: Tensor,
+        text: list[TextKeys] | None = None,
+        cache: FlexARCache | None = None,
+        mask: AttentionMask | None = None,
     ) -> Tensor:
-        """All blocks and the last norm, `[b n d]` -> `[b n d]`."""
+        """All blocks, causal unless another mask is given, and the last norm: `[b n d]` -> `[b n d]`."""
+        mask = mask or CausalMask()
         for i, block in enumerate(self.blocks):
             layer_cache = cache.layers[i] if cache is not None else None
-            hidden_states = block(hidden_states, text[i] if text is not None else None, layer_cache)
+            hidden_states = block(hidden_states, text[i] if text is not None else None, mask, layer_cache)
         return self.out_norm(hidden_states)
 
 
@@ -237,10 +254,11 @@ class FlexARClass(FlexAR):
         vectors = self.class_embed(class_labels.clamp(min=0))
         return vectors.masked_fill((class_labels == NO_CLASS)[:, None], 0.0)
 
-    def prefill(self, condition: Tensor, cache: FlexARCache) -> Tensor:
-        """Feed the start and the class `[b]`; returns logits `[b 1 codebook_size]`."""
+    def read_prefix(self, condition: Tensor, cache: FlexARCache) -> Reading:
+        """Feed the start and the class `[b]`."""
         start = self.start_embed[0] + self.position_embed[:1] + self.embed_class(condition)  # [b d]
-        return self.head(self.trunk(start[:, None], None, cache))
+        features = self.trunk(start[:, None], None, cache)  # [b 1 d]
+        return Reading(features, self.head(features))
 
     def embed_all(self, condition: Tensor, indices: Tensor) -> Tensor:
         """As `embed`, with the class `[b]` added to the start."""
@@ -309,11 +327,12 @@ class FlexARText(FlexAR):
             "guidance needs the features of the empty text: pass null_condition, or use a guidance scale of 1.0"
         )
 
-    def prefill(self, condition: TextFeatures, cache: FlexARCache) -> Tensor:
-        """Read the text, feed the start; returns logits `[b 1 codebook_size]`."""
+    def read_prefix(self, condition: TextFeatures, cache: FlexARCache) -> Reading:
+        """Read the text, feed the start."""
         cache.text = self.read_text(condition)
         start = (self.start_embed + self.position_embed[:1]).expand(len(condition), -1, -1)  # [b 1 d]
-        return self.head(self.trunk(start, cache.text, cache))
+        features = self.trunk(start, cache.text, cache)
+        return Reading(features, self.head(features))
 
     def read_text(self, text: TextFeatures) -> list[TextKeys]:
         """What every block's cross-attention reads of a text; the same at all positions, so it is computed once.
@@ -355,7 +374,7 @@ class TextProjection(nn.Module):
 
 
 class FlexARBlock(nn.Module):
-    """Causal self-attention, cross-attention to the text if it reads one, gated MLP; each on the normalised stream."""
+    """Self-attention, cross-attention to the text if it reads one, gated MLP; each on the normalised stream."""
 
     def __init__(self, options: BlockOptions, reads_text: bool) -> None:
         super().__init__()
@@ -369,9 +388,11 @@ class FlexARBlock(nn.Module):
         self.norm3 = options.make_norm() if reads_text else None
         self.mlp = GatedMLP(options.dim, options.mlp_dim, bias=options.bias)
 
-    def forward(self, hidden_states: Tensor, text: TextKeys | None, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, text: TextKeys | None, mask: AttentionMask, cache: LayerCache | None
+    ) -> Tensor:
         """`[b n d]` -> `[b n d]`."""
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), CausalMask(), cache)
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), mask, cache)
         if self.cross_attn is None or self.norm3 is None:
             return hidden_states + self.mlp(self.norm2(hidden_states))
         hidden_states = hidden_states + self.cross_attn(self.norm2(hidden_states), text)

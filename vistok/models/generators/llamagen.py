@@ -28,9 +28,10 @@ from vistok.kernels.attention import (
     KeyMask,
     OrderMask,
     SelfMask,
+    TreeMask,
     attention,
 )
-from vistok.models.generators.base import OrderedGenerator
+from vistok.models.generators.base import NextTokenGenerator, OrderedGenerator, Reading
 from vistok.models.generators.caption_cleaning import clean_caption
 from vistok.models.generators.text_features import TextFeatures
 from vistok.models.layers.kv_cache import KVCache, LayerCache
@@ -205,12 +206,15 @@ class GridTransformer(OrderedGenerator):
         above = (0, 0, self.prefix.length, 0)
         return F.pad(cos, above), F.pad(sin, above)
 
-    def mask(self, keep: Tensor | None, num_positions: int) -> AttentionMask:
+    def mask(
+        self, keep: Tensor | None, num_positions: int, padding: AttentionMask | None = None
+    ) -> AttentionMask:
         """Who sees whom among the first `num_positions` of a sequence.
 
         Args:
             keep: `[b t]`, the positions of the condition that are no padding; `None`: all.
             num_positions: the condition and some tokens, as they are decided.
+            padding: what padding sees, which nobody else sees; itself by default, so that its softmax is defined.
         """
         if keep is None and isinstance(self.order, RasterOrder):
             return CausalMask()
@@ -220,8 +224,8 @@ class GridTransformer(OrderedGenerator):
         ordered = OrderMask(ranks, ranks)
         if keep is None:
             return ordered
-        # Padding sees itself, so that its softmax is defined; nobody else sees it.
-        return ordered & KeyMask(F.pad(keep, (0, num_positions - length), value=True)) | SelfMask()
+        no_padding = KeyMask(F.pad(keep, (0, num_positions - length), value=True))
+        return ordered & no_padding | (padding or SelfMask())
 
     def trunk(
         self, hidden_states: Tensor, rope: Rotation, mask: AttentionMask | None, cache: KVCache | None = None
@@ -250,12 +254,13 @@ class GridTransformer(OrderedGenerator):
         return before[:, first:], after[:, first:]
 
     def read_condition(self, condition: Any, cache: GridCache) -> tuple[Tensor, Tensor]:
-        """Feed a condition; returns what `trunk` does at its last position, `[b 1 d]` each."""
+        """Feed a condition; returns what `trunk` does at its positions, `[b t d]` each."""
         prefix, keep = self.prefix(condition)
         length = self.prefix.length
         cache.keep = None if keep is None else F.pad(keep, (0, cache.max_length - length), value=True)
-        before, after = self.trunk(prefix, _part(cache.rope, 0, length), self.mask(keep, length), cache)
-        return before[:, -1:], after[:, -1:]
+        padding = None if keep is None else CaptionPadding(keep, sees_text=self.dtype == torch.float32)
+        mask = self.mask(keep, length, padding)
+        return self.trunk(prefix, _part(cache.rope, 0, length), mask, cache)
 
     def read_next(
         self, indices: Tensor, cache: GridCache, mask: AttentionMask | None
@@ -280,6 +285,47 @@ class GridTransformer(OrderedGenerator):
             keys = KeyMask(cache.keep[:, :last])
             mask = keys if mask is None else mask & keys
         return self.trunk(self.token_embed(indices), _part(cache.rope, first, last), mask, cache)
+
+    def read_tree(self, indices: Tensor, depths: Tensor, tree: TreeMask, cache: GridCache) -> Tensor:
+        """Feed nodes `[r t]` of a tree; returns the residual stream after the last block, `[r t d]`."""
+        places = cache.node_places(depths).clamp(max=self.prefix.length + self.num_tokens - 1)  # [r t]
+        cos, sin = (factors[places][:, None] for factors in cache.rope)  # [r 1 t d/2]
+        mask: AttentionMask = tree
+        if cache.keep is not None:
+            num_keys = tree.num_keys
+            keep = F.pad(cache.keep, (0, max(0, num_keys - cache.keep.shape[1])), value=True)
+            mask = tree & KeyMask(keep[:, :num_keys])
+        return self.trunk(self.token_embed(indices), (cos, sin), mask, cache)[1]
+
+
+@dataclass(frozen=True)
+class CaptionPadding(AttentionMask):
+    """What the padding on the left of a text attends to. Nobody attends to it, but drafters read what is made of it.
+
+    As in the released speculative decoder (Jang et al. 2025, LANTERN), which adds a causal mask and one of the padding:
+    padding sees the padding up to itself. Where the sum of both does not overflow to minus infinity, in float32, a
+    pair that only one of them forbids is no worse than all others of its row, and padding sees the text as well.
+
+    Args:
+        keep: `[b n]`, False on the padding.
+        sees_text: as in float32.
+    """
+
+    keep: Tensor
+    sees_text: bool
+
+    def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        if not num_queries == num_keys == self.keep.shape[1]:
+            raise ValueError(
+                f"CaptionPadding covers {self.keep.shape[1]} positions, "
+                f"the attention has {num_queries} queries and {num_keys} keys"
+            )
+        keep = self.keep.to(device)
+        key = torch.arange(num_keys, device=device)
+        seen = ~keep[:, None] & (key <= key[:, None])  # [b q k], the padding so far
+        if self.sees_text:
+            seen = seen | (keep[:, None] & (key > key[:, None]))
+        return (seen & ~keep[:, :, None])[:, None]  # [b 1 q k]
 
 
 def _part(rope: Rotation, first: int, last: int) -> Rotation:
@@ -412,7 +458,7 @@ class TextPrefix(nn.Module):
         return TextFeatures(self.null(len(text)).features.to(keep.device), keep)
 
 
-class LlamaGen(GridTransformer):
+class LlamaGen(GridTransformer, NextTokenGenerator):
     """What both kinds of conditioning share: next token, one head."""
 
     def __init__(self, options: GridOptions, prefix: ClassPrefix | TextPrefix) -> None:
@@ -426,8 +472,20 @@ class LlamaGen(GridTransformer):
         """`[b n d]` -> `[b n codebook_size]` float32."""
         return self.head(self.norm(hidden_states)).float()
 
-    def prefill(self, condition: Any, cache: GridCache) -> Tensor:
-        return self.logits(self.read_condition(condition, cache)[1])
+    def features_to_logits(self, features: Tensor) -> Tensor:
+        """`[r n d]` -> `[r n v]` float32."""
+        return self.head(features).float()
+
+    def embed_tokens(self, indices: Tensor) -> Tensor:
+        return self.token_embed(indices)
+
+    def read_prefix(self, condition: Any, cache: GridCache) -> Reading:
+        features = self.norm(self.read_condition(condition, cache)[1])
+        return Reading(features, self.features_to_logits(features[:, -1:]))
+
+    def read_nodes(self, indices: Tensor, depths: Tensor, mask: TreeMask, cache: GridCache) -> Reading:
+        features = self.norm(self.read_tree(indices, depths, mask, cache))
+        return Reading(features, self.features_to_logits(features))
 
     def step(self, indices: Tensor, cache: GridCache) -> Tensor:
         mask = CausalMask() if indices.shape[1] > 1 else None

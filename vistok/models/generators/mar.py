@@ -136,7 +136,7 @@ class MAR(ContinuousGenerator):
         num_decided = self.num_tokens - (int(counts[0]) if len(counts) else self.num_tokens)
         decided, hidden = positions[:, :num_decided], positions[:, num_decided:]
         features = self.encode(take(latents, decided), decided, class_labels)
-        conditions = self.decode(features, decided, hidden)[:, self.num_buffer_tokens :]
+        conditions = self.decode(features, decided, hidden, num_last=self.num_tokens)
         return take(self.add_condition_positions(conditions, positions), positions.argsort(dim=1))
 
     def encode(
@@ -162,7 +162,14 @@ class MAR(ContinuousGenerator):
         hidden_states = self.encoder.add_positions(hidden_states, slots)
         return self.encoder(self.latent_norm(hidden_states), cache)
 
-    def decode(self, features: Tensor, positions: Tensor, hidden: Tensor, cache: Cache = None) -> Tensor:
+    def decode(
+        self,
+        features: Tensor,
+        positions: Tensor,
+        hidden: Tensor,
+        cache: Cache = None,
+        num_last: int | None = None,
+    ) -> Tensor:
         """Features of everything, hidden tokens included.
 
         Args:
@@ -170,17 +177,18 @@ class MAR(ContinuousGenerator):
             positions: `[b v]` int64, where their tokens lie.
             hidden: `[b u]` int64, positions of mask tokens.
             cache: of the decoder, see `encode`.
+            num_last: so many are asked for; all by default.
 
         Returns:
-            `[b s+v+u d]` or `[b v+u d]`, those of the mask tokens last; `add_condition_positions` makes
-            conditions of them.
+            `[b s+v+u d]` or `[b v+u d]`, those of the mask tokens last, or the last `num_last` of them;
+            `add_condition_positions` makes conditions of them.
         """
         masks = self.mask_token.expand(*hidden.shape, -1)
         hidden_states = torch.cat([self.between(features), masks], dim=1)
         slots = self._slots(
             torch.cat([positions, hidden], dim=1), with_buffer=features.shape[1] > positions.shape[1]
         )
-        return self.decoder(self.decoder.add_positions(hidden_states, slots), cache)
+        return self.decoder(self.decoder.add_positions(hidden_states, slots), cache, num_last)
 
     def add_condition_positions(self, features: Tensor, positions: Tensor) -> Tensor:
         """Features `[b k d]` of the decoder at `positions [b k]` -> conditions of their tokens, `[b k d]`."""
@@ -230,11 +238,12 @@ class MARStack(nn.Module):
         """`[b m d]` and `[b m]` -> `[b m d]`."""
         return hidden_states + self.position_embed[0, slots]
 
-    def forward(self, hidden_states: Tensor, cache: Cache = None) -> Tensor:
-        """`[b m d]` -> `[b m d]`; with a cache they also see what is in it."""
+    def forward(self, hidden_states: Tensor, cache: Cache = None, num_last: int | None = None) -> Tensor:
+        """`[b m d]` -> `[b m d]`, or the last `[b num_last d]`; with a cache they also see what is in it."""
         layers: list[LayerCache] | list[None] = [None] * len(self.blocks) if cache is None else cache.layers
-        for block, layer in zip(self.blocks, layers, strict=True):
-            hidden_states = block(hidden_states, layer)
+        for number, (block, layer) in enumerate(zip(self.blocks, layers, strict=True), start=1):
+            # What the last block makes of the others, nobody reads.
+            hidden_states = block(hidden_states, layer, num_last if number == len(self.blocks) else None)
         return self.norm(hidden_states)
 
     def new_cache(self, batch_size: int) -> KVCache:
@@ -265,10 +274,12 @@ class MARBlock(nn.Module):
         self.fc2 = nn.Linear(mlp_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_states: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """`[b m d]` -> `[b m d]`."""
-        attended = self.attn(self.norm1(hidden_states), cache=cache)
-        hidden_states = hidden_states + self.dropout(attended)
+    def forward(
+        self, hidden_states: Tensor, cache: LayerCache | None = None, num_last: int | None = None
+    ) -> Tensor:
+        """`[b m d]` -> `[b m d]`, or the last `[b num_last d]`."""
+        attended = self.attn(self.norm1(hidden_states), cache=cache, num_queries=num_last)
+        hidden_states = hidden_states[:, -attended.shape[1] :] + self.dropout(attended)
         inner = self.dropout(F.gelu(self.fc1(self.norm2(hidden_states))))
         return hidden_states + self.dropout(self.fc2(inner))
 

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from vistok.kernels.attention import attention
 from vistok.models.generators.base import MaskedGenerator
 from vistok.models.layers.blocks import PreNormBlock
+from vistok.models.layers.context_cache import ContextCache, ContextLayer, Evaluation
+from vistok.models.layers.kv_cache import LayerCache
 from vistok.tokens import Layout
 
 
@@ -67,6 +69,28 @@ class MaskGIT(MaskedGenerator):
         if class_labels.shape != indices.shape[:1]:
             raise ValueError(f"class_labels must be [{len(indices)}], got {list(class_labels.shape)}")
         return torch.cat([class_labels[:, None] + self.mask_token_id + 1, indices], dim=1)
+
+    def new_cache(self, batch_size: int) -> ContextCache:
+        """See `MaskedGenerator.new_cache`."""
+        num_heads = self.config["num_heads"]
+        return ContextCache(
+            depth=self.num_blocks,
+            batch_size=batch_size,
+            num_heads=num_heads,
+            num_tokens=self.num_tokens,
+            head_dim=self.config["dim"] // num_heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks with an attention, each of which has keys and values of its own."""
+        raise NotImplementedError(f"{type(self).__name__} does not define num_blocks")
+
+    def layers(self, evaluation: Evaluation | None) -> list[ContextLayer | None]:
+        """For every block the keys and values that it brings up to date, if any."""
+        return [None] * self.num_blocks if evaluation is None else [*evaluation.layers]
 
 
 class MaskGITBert(MaskGIT):
@@ -115,13 +139,19 @@ class MaskGITBert(MaskGIT):
         self.head = nn.Linear(dim, codebook_size)
         self.apply(_init_normal)
 
-    def forward(self, indices: Tensor, class_labels: Tensor) -> Tensor:
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    def forward(self, indices: Tensor, class_labels: Tensor, evaluation: Evaluation | None = None) -> Tensor:
         """See `MaskedGenerator.forward`."""
         hidden_states = self.token_embed(self.input_ids(indices, class_labels))  # [b 1+n d]
         hidden_states = hidden_states + self.segment_embed.weight[0] + self.position_embed.weight
+        if evaluation is not None:
+            hidden_states = evaluation.select(hidden_states)  # [b 1+k d]
         hidden_states = self.embed_dropout(self.norm(hidden_states))
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
+        for block, layer in zip(self.blocks, self.layers(evaluation), strict=True):
+            hidden_states = block(hidden_states, layer)
         return self.head(hidden_states[:, 1:])
 
 
@@ -139,9 +169,9 @@ class PostNormBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[b n d]` -> `[b n d]`."""
-        hidden_states = self.norm1(hidden_states + self.dropout(self.attn(hidden_states)))
+    def forward(self, hidden_states: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """`[b n d]` -> `[b n d]`; with a cache, see `DropoutAttention`."""
+        hidden_states = self.norm1(hidden_states + self.dropout(self.attn(hidden_states, cache)))
         mlp = self.fc2(F.gelu(self.fc1(hidden_states)))
         return self.norm2(hidden_states + self.dropout(mlp))
 
@@ -160,12 +190,14 @@ class DropoutAttention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[b n d]` -> `[b n d]`."""
+    def forward(self, hidden_states: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """`[b n d]` -> `[b n d]`; with a cache, the keys are all that it gives back for the new ones."""
         q, k, v = (
             rearrange(projection(hidden_states), "b n (h d) -> b h n d", h=self.num_heads)
             for projection in (self.query, self.key, self.value)
         )
+        if cache is not None:
+            k, v = cache.append(k, v)
         if self.training and self.dropout > 0:
             hidden_states = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout)
         else:
@@ -218,17 +250,25 @@ class MaskGITUViT(MaskGIT):
         nn.init.trunc_normal_(self.position_embed, std=0.02)
         self.apply(_init_truncated_normal)
 
-    def forward(self, indices: Tensor, class_labels: Tensor) -> Tensor:
+    @property
+    def num_blocks(self) -> int:
+        return len(self.in_blocks) + 1 + len(self.out_blocks)
+
+    def forward(self, indices: Tensor, class_labels: Tensor, evaluation: Evaluation | None = None) -> Tensor:
         """See `MaskedGenerator.forward`."""
         hidden_states = self.token_embed(self.input_ids(indices, class_labels))  # [b 1+n d]
         hidden_states = hidden_states + self.position_embed
+        if evaluation is not None:
+            hidden_states = evaluation.select(hidden_states)  # [b 1+k d]
+        layers = iter(self.layers(evaluation))
         kept: list[Tensor] = []
         for block in self.in_blocks:
-            hidden_states = block(hidden_states)
+            hidden_states = block(hidden_states, cache=next(layers))
             kept.append(hidden_states)
-        hidden_states = self.mid_block(hidden_states)
+        hidden_states = self.mid_block(hidden_states, cache=next(layers))
         for skip, block in zip(self.skips, self.out_blocks, strict=True):
-            hidden_states = block(skip(torch.cat([hidden_states, kept.pop()], dim=-1)))
+            hidden_states = torch.cat([hidden_states, kept.pop()], dim=-1)
+            hidden_states = block(skip(hidden_states), cache=next(layers))
         return self.head(self.norm(hidden_states[:, 1:]))
 
 

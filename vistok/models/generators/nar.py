@@ -79,7 +79,8 @@ class NAR(GridTransformer):
         return right, self.below_head(self.below_norm(after)).float()
 
     def prefill(self, condition: Any, cache: GridCache) -> Tensor:
-        return merge_heads(*self.logits(*self.read_condition(condition, cache)), 0, self.options.grid_size)
+        before, after = self.read_condition(condition, cache)
+        return merge_heads(*self.logits(before[:, -1:], after[:, -1:]), 0, self.options.grid_size)
 
     def step(self, indices: Tensor, cache: GridCache) -> Tensor:
         step, expected = self._last_step(cache)

@@ -17,8 +17,8 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.kernels.attention import CausalMask
-from vistok.models.generators.base import OrderedGenerator
+from vistok.kernels.attention import AttentionMask, CausalMask, TreeMask
+from vistok.models.generators.base import NextTokenGenerator, Reading
 from vistok.models.generators.prompts import warn_of_cut
 from vistok.models.layers.attention import SelfAttention
 from vistok.models.layers.kv_cache import KVCache, LayerCache
@@ -30,7 +30,7 @@ NGRAM_SIZES = (3, 4, 6)  # bytes
 HASH_PRIME, HASH_FACTOR = 1_000_003, 7919
 
 
-class TextAR(OrderedGenerator):
+class TextAR(NextTokenGenerator):
     """Next-token generator conditioned on text.
 
     Args:
@@ -111,18 +111,30 @@ class TextAR(OrderedGenerator):
             device=self.device,
         )
 
-    def prefill(self, condition: Tensor, cache: KVCache) -> Tensor:
-        """Feed text `[b text_length]` and the start token; returns logits `[b 1 codebook_size]`."""
+    def read_prefix(self, condition: Tensor, cache: KVCache) -> Reading:
+        """Feed text `[b text_length]` and the start token."""
         assert isinstance(cache, TextARCache)
         text, cache.summary = self.text_encoder(condition)
         start = self._embed(self.start_embed.expand(len(condition), -1, -1), cache.summary, first=0)
-        return self._logits(torch.cat([text, start], dim=1), cache)
+        features = self._features(torch.cat([text, start], dim=1), cache)
+        return Reading(features, self.features_to_logits(features[:, -1:]))
 
     def step(self, indices: Tensor, cache: KVCache) -> Tensor:
         assert isinstance(cache, TextARCache)
         position = cache.length - self.text_length // TEXT_STRIDE
         embedded = self._embed(self.token_embed(indices), cache.summary, first=position)
-        return self._logits(embedded, cache, last=indices.shape[1])
+        return self.features_to_logits(self._features(embedded, cache))
+
+    def read_nodes(self, indices: Tensor, depths: Tensor, mask: TreeMask, cache: KVCache) -> Reading:
+        assert isinstance(cache, TextARCache)
+        places = cache.node_places(depths) - self.text_length // TEXT_STRIDE  # [r t]
+        positions = self.position_embed[0, places.clamp(max=self.num_tokens - 1)]
+        embedded = (self.token_embed(indices) + positions) * self.embed_scale + cache.summary
+        features = self._features(embedded, cache, mask)
+        return Reading(features, self.features_to_logits(features))
+
+    def embed_tokens(self, indices: Tensor) -> Tensor:
+        return self.token_embed(indices)
 
     def forward(self, condition: Tensor, indices: Tensor) -> Tensor:
         """Training pass: text `[b text_length]` and the tokens seen so far `[b n]` -> logits `[b n codebook_size]`.
@@ -132,19 +144,26 @@ class TextAR(OrderedGenerator):
         text, summary = self.text_encoder(condition)
         start = self.start_embed.expand(len(indices), -1, -1)
         embedded = self._embed(torch.cat([start, self.token_embed(indices[:, :-1])], dim=1), summary, first=0)
-        hidden_states = torch.cat([text, embedded], dim=1)
-        return self._logits(self.embed_dropout(hidden_states), None, last=self.num_tokens)
+        hidden_states = self.embed_dropout(torch.cat([text, embedded], dim=1))
+        return self.features_to_logits(self._features(hidden_states, None)[:, -self.num_tokens :])
 
     def _embed(self, embedded: Tensor, summary: Tensor, first: int) -> Tensor:
         """Embedded tokens `[b n d]` from position `first` on, with their positions and the text's summary `[b 1 d]`."""
         positions = self.position_embed[:, first : first + embedded.shape[1]]
         return (embedded + positions) * self.embed_scale + summary
 
-    def _logits(self, hidden_states: Tensor, cache: KVCache | None, last: int = 1) -> Tensor:
+    def _features(
+        self, hidden_states: Tensor, cache: KVCache | None, mask: AttentionMask | None = None
+    ) -> Tensor:
+        """All blocks, causal unless another mask is given, and the last norm: `[b n d]` -> `[b n d]`."""
+        mask = mask or CausalMask()
         for i, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states, cache.layers[i] if cache is not None else None)
+            hidden_states = block(hidden_states, mask, cache.layers[i] if cache is not None else None)
+        return self.norm(hidden_states)
+
+    def features_to_logits(self, features: Tensor) -> Tensor:
         # The embedding also gives the logits (Press and Wolf 2017): half of a small model would be these two tables.
-        return F.linear(self.norm(hidden_states[:, -last:]), self.token_embed.weight)
+        return F.linear(features, self.token_embed.weight)
 
 
 class TextARCache(KVCache):
@@ -210,7 +229,7 @@ def hash_ngrams(text: Tensor, buckets: int) -> list[Tensor]:
 
 
 class TextARBlock(nn.Module):
-    """Causal self-attention and SwiGLU, each on the RMS-normalised stream and added to it."""
+    """Self-attention and SwiGLU, each on the RMS-normalised stream and added to it."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, dropout: float) -> None:
         super().__init__()
@@ -221,11 +240,9 @@ class TextARBlock(nn.Module):
         self.down = nn.Linear(mlp_dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_states: Tensor, cache: LayerCache | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: AttentionMask, cache: LayerCache | None) -> Tensor:
         """`[b n d]` -> `[b n d]`."""
-        hidden_states = hidden_states + self.dropout(
-            self.attn(self.norm1(hidden_states), CausalMask(), cache)
-        )
+        hidden_states = hidden_states + self.dropout(self.attn(self.norm1(hidden_states), mask, cache))
         gate, up = self.gate_up(self.norm2(hidden_states)).chunk(2, dim=-1)
         return hidden_states + self.dropout(self.down(F.silu(gate) * up))
 

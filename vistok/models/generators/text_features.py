@@ -71,7 +71,8 @@ class TextFeatures:
     def left_padded(self, length: int) -> TextFeatures:
         """The same texts with `length` positions, what counts at the end in its order, and zeros before it.
 
-        The form that LlamaGen reads (Sun et al. 2024, section 2.2); texts that have it already stay as they are.
+        The form that LlamaGen reads (Sun et al. 2024, section 2.2). Texts that have it already stay as they are, with
+        what they have in their padding: the null text has its own features there, as released.
 
         Raises:
             ValueError: a text has more than `length` positions that count.
@@ -87,7 +88,8 @@ class TextFeatures:
         places = padded.keep.long().argsort(dim=1, stable=True)[:, -length:]  # [b length]
         keep = padded.keep.gather(1, places)
         features = padded.features.take_along_dim(places[..., None], dim=1)
-        return TextFeatures(features.masked_fill(~keep[..., None], 0.0), keep)
+        is_moved = (places != torch.arange(length, device=places.device)).any(dim=1)
+        return TextFeatures(features.masked_fill((~keep & is_moved[:, None])[..., None], 0.0), keep)
 
     def _padded(self, length: int) -> TextFeatures:
         more = length - self.features.shape[1]

@@ -48,6 +48,11 @@ SAMPLING = {  # published name -> the authors' settings, with `RampGuidance` and
 }
 
 
+Modulations = list[
+    Tensor
+]  # of each block of the encoder, then of the decoder: [b s 6d], for the `s` steps of a pass
+
+
 class XAR(ContinuousGenerator):
     """Class-conditional next-X generator; `vistok.decoding.flow_sampling` draws from it.
 
@@ -133,19 +138,31 @@ class XAR(ContinuousGenerator):
                 f"times must be [{len(noisy)} {plan.num_steps}], one per image and step of the order, "
                 f"got {list(times.shape)}"
             )
-        span = self._span(plan, 0, self.num_tokens, times, class_labels)
-        hidden_states = self._stacks(noisy[:, plan.sequence], span, None)
+        span = _make_span(plan, 0, self.num_tokens, plan.num_steps)
+        modulations = self.modulate(times, class_labels)
+        hidden_states = self._stacks(noisy[:, plan.sequence], span, modulations, None)
         return self.to_velocity(hidden_states)[:, plan.slots]
 
-    def velocity(self, latents: Tensor, times: Tensor, class_labels: Tensor, cache: KVCache) -> Tensor:
+    def modulate(self, times: Tensor, class_labels: Tensor) -> Modulations:
+        """What class and time do to the tokens of a step, in every block; the tokens themselves have no part in it.
+
+        Args:
+            times: `[b s]` in [0, 1], of any `s` steps; 0 for those that are decided.
+            class_labels: `[b]` int64.
+        """
+        timesteps = (times.float() * TIME_UNITS).trunc()  # the product in float32: it decides what is cut off
+        condition = F.silu(self.class_embed(class_labels)[:, None] + self.time_embed(timesteps))  # [b s d]
+        return [block.modulation(condition) for block in (*self.encoder.blocks, *self.decoder.blocks)]
+
+    def velocity(self, latents: Tensor, modulations: Modulations, cache: KVCache | None = None) -> Tensor:
         """The velocity of the tokens of one step; earlier steps that are not in the cache may go before them.
 
         Args:
             latents: `[b m c]`, scaled: all tokens of the steps that follow the cache, up to the one that is asked for,
                 each step's by ascending position.
-            times: `[b s]`, of these `s` steps; 0 for those that are decided.
-            class_labels: `[b]` int64.
-            cache: the steps before; afterwards also those of `latents` but the last.
+            modulations: of these `s` steps, from `modulate`.
+            cache: the steps before; afterwards also those of `latents` but the last. Without one, `latents` begin
+                with the first step.
 
         Returns:
             `[b k c]`, of the tokens of the last of these steps.
@@ -153,11 +170,13 @@ class XAR(ContinuousGenerator):
         Raises:
             ValueError: the tokens are not those of `s` whole steps that follow the cache.
         """
-        plan, start, end = self.plan(), cache.length, cache.length + latents.shape[1]
-        kept = plan.check_span(start, end, times.shape[1])
-        span = self._span(plan, start, end, times, class_labels)
-        hidden_states = self._stacks(latents, span, cache)
-        cache.rollback(kept)
+        plan, start = self.plan(), 0 if cache is None else cache.length
+        end, num_steps = start + latents.shape[1], modulations[0].shape[1]
+        kept = plan.check_span(start, end, num_steps)
+        span = _make_span(plan, start, end, num_steps)
+        hidden_states = self._stacks(latents, span, modulations, cache)
+        if cache is not None:
+            cache.rollback(kept)
         return self.to_velocity(hidden_states[:, kept - start :])
 
     def new_cache(self, batch_size: int) -> KVCache:
@@ -176,27 +195,17 @@ class XAR(ContinuousGenerator):
         """The order, as the network follows it on its device."""
         return _make_plan(self.order, self.layout, self.head_dim, self.device)
 
-    def _span(self, plan: XARPlan, start: int, end: int, times: Tensor, class_labels: Tensor) -> Span:
-        """What the blocks need besides the tokens in the slots `start` to `end`."""
-        timesteps = (times.float() * TIME_UNITS).trunc()  # the product in float32: it decides what is cut off
-        condition = self.class_embed(class_labels)[:, None] + self.time_embed(timesteps)  # [b s d]
-        cos, sin = plan.rotation
-        rotation = cos[start:end], sin[start:end]
-        if times.shape[1] == 1:  # nothing but one step and what is decided before it
-            return Span(start, end, F.silu(condition), None, rotation, None)
-        ranks = plan.ranks[start:end]
-        mask = OrderMask(ranks, plan.ranks[:end])
-        return Span(start, end, F.silu(condition), ranks - ranks[0], rotation, mask)
-
-    def _stacks(self, latents: Tensor, span: Span, cache: KVCache | None) -> Tensor:
+    def _stacks(self, latents: Tensor, span: Span, modulations: Modulations, cache: KVCache | None) -> Tensor:
         """Both stacks: `latents [b m c]` as they are decided -> features `[b m d]`."""
-        caches = [None] * self.num_tokens if cache is None else cache.layers
+        caches = [None] * len(modulations) if cache is None else cache.layers
         depth = len(self.encoder.blocks)
         hidden_states = self.latent_embed(latents.to(self.latent_embed.weight.dtype))
         hidden_states = self.encoder.add_positions(hidden_states, span)
-        hidden_states = self.encoder(self.latent_norm(hidden_states), span, caches[:depth])
+        hidden_states = self.encoder(
+            self.latent_norm(hidden_states), span, modulations[:depth], caches[:depth]
+        )
         hidden_states = self.decoder.add_positions(self.between(hidden_states), span)
-        return self.decoder(hidden_states, span, caches[depth:])
+        return self.decoder(hidden_states, span, modulations[depth:], caches[depth:])
 
 
 class Span(NamedTuple):
@@ -204,7 +213,6 @@ class Span(NamedTuple):
 
     start: int
     end: int
-    condition: Tensor  # [b s d], class and time of each step, after SiLU
     rows: Tensor | None  # [m] which of the s steps each token belongs to; None for one step
     rotation: Rotation
     mask: AttentionMask | None
@@ -212,6 +220,16 @@ class Span(NamedTuple):
     def per_token(self, values: Tensor) -> Tensor:
         """`[b s d]` -> `[b m d]`, or `[b 1 d]`, which serves all tokens of one step."""
         return values if self.rows is None else values[:, self.rows]
+
+
+def _make_span(plan: XARPlan, start: int, end: int, num_steps: int) -> Span:
+    """The span of the last `num_steps` steps of `start` to `end`."""
+    cos, sin = plan.rotation
+    rotation = cos[start:end], sin[start:end]
+    if num_steps == 1:  # nothing but one step and what is decided before it
+        return Span(start, end, None, rotation, None)
+    ranks = plan.ranks[start:end]
+    return Span(start, end, ranks - ranks[0], rotation, OrderMask(ranks, plan.ranks[:end]))
 
 
 class XARStack(nn.Module):
@@ -233,10 +251,16 @@ class XARStack(nn.Module):
         """`[b m d]` -> `[b m d]`."""
         return hidden_states + self.position_embed[:, span.start : span.end]
 
-    def forward(self, hidden_states: Tensor, span: Span, caches: list[LayerCache] | list[None]) -> Tensor:
-        """`[b m d]` -> `[b m d]`."""
-        for block, cache in zip(self.blocks, caches, strict=False):
-            hidden_states = block(hidden_states, span, cache)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        span: Span,
+        modulations: Modulations,
+        caches: list[LayerCache] | list[None],
+    ) -> Tensor:
+        """`[b m d]` -> `[b m d]`; one modulation and one cache per block."""
+        for block, modulation, cache in zip(self.blocks, modulations, caches, strict=True):
+            hidden_states = block(hidden_states, span, modulation, cache)
         return self.norm(hidden_states)
 
 
@@ -257,10 +281,12 @@ class XARBlock(nn.Module):
         self.down = nn.Linear(mlp_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_states: Tensor, span: Span, cache: LayerCache | None) -> Tensor:
-        """`[b m d]` -> `[b m d]`."""
-        modulation = span.per_token(self.modulation(span.condition)).chunk(6, dim=-1)
-        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = modulation
+    def forward(
+        self, hidden_states: Tensor, span: Span, modulation: Tensor, cache: LayerCache | None
+    ) -> Tensor:
+        """`[b m d]` -> `[b m d]`; `modulation [b s 6d]` is what the layer of that name makes of class and time."""
+        per_token = span.per_token(modulation).chunk(6, dim=-1)
+        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = per_token
         modulated = _normalized(hidden_states) * (1 + scale_attn) + shift_attn
         attended = self.dropout(self.attn(modulated, span.mask, cache, span.rotation))
         hidden_states = hidden_states + gate_attn * attended

@@ -56,16 +56,20 @@ class SelfAttention(nn.Module):
         mask: AttentionMask | None = None,
         cache: LayerCache | None = None,
         rotation: Rotation | None = None,
+        num_queries: int | None = None,
     ) -> Tensor:
         """`hidden_states [b n d]` -> `[b n d]`; with a cache, the keys are all that were appended so far.
 
-        A `rotation` from `axial_rope` turns the new queries and keys.
+        A `rotation` from `axial_rope` turns the new queries and keys. With `num_queries` only the last so many tokens
+        are asked for, `[b num_queries d]`; the others are keys.
         """
         qkv = self.qkv(hidden_states)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if num_queries is not None:
+            q = q[:, :, q.shape[2] - num_queries :]
         if cache is not None:
             k, v = cache.append(k, v)
         if self.float32_attention:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from vistok.kernels.attention import AttentionMask
 from vistok.models.layers.attention import SelfAttention
+from vistok.models.layers.kv_cache import LayerCache
 
 
 class PreNormBlock(nn.Module):
@@ -36,7 +37,9 @@ class PreNormBlock(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(mlp_dim, dim)
 
-    def forward(self, hidden_states: Tensor, mask: AttentionMask | None = None) -> Tensor:
-        """`[b n d]` -> `[b n d]`."""
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), mask)
+    def forward(
+        self, hidden_states: Tensor, mask: AttentionMask | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """`[b n d]` -> `[b n d]`; with a cache, see `SelfAttention`."""
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), mask, cache)
         return hidden_states + self.fc2(self.act(self.fc1(self.norm2(hidden_states))))

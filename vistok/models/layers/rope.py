@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [n d/2] each
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [n d/2] or [b 1 n d/2] each
 
 
 def axial_rope(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Rotation:
@@ -42,7 +42,7 @@ def rotate(hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         hidden_states: `[b h n d]`.
-        cos, sin: `[n d/2]`, from `axial_rope`.
+        cos, sin: `[n d/2]`, from `axial_rope`, or `[b 1 n d/2]` where the rows have positions of their own.
 
     Returns:
         `[b h n d]`.

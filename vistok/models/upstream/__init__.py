@@ -44,6 +44,8 @@ SYSTEMS = (
     "flextok_ar",
     "flextok_vae",
     "kl_vae",
+    "lantern",
+    "lantern_drafter",
     "llamagen",
     "llamagen_vq",
     "mar",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -51,6 +52,20 @@ def _rename(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
         if match := rule.match(key):
             return new.format(**match.groupdict()) + key[match.end() :]
     return key
+
+
+def join_projections(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices of queries, keys and values (`q_proj`, `k_proj`, `v_proj`) of one layer as one, `qkv_proj`.
+
+    Layers that lack one of them stay as they are, so that a strict load reports them.
+    """
+    joined = dict(weights)
+    for key in weights:
+        parts = [key.replace(".q_proj.", f".{name}_proj.") for name in "qkv"]
+        if ".q_proj." in key and all(part in joined for part in parts):
+            whole = key.replace(".q_proj.", ".qkv_proj.")
+            joined[whole] = torch.cat([joined.pop(part) for part in parts])
+    return joined
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from vistok.models import upstream
 from vistok.models.upstream.keys import mismatches
 from vistok.models.upstream.releases.flextok import FLEX_AR, FLEXTOK
 from vistok.models.upstream.releases.kl_vae import KL_16
+from vistok.models.upstream.releases.lantern import LANTERN, LANTERN_DRAFTERS
 from vistok.models.upstream.releases.llamagen import LLAMAGEN, LLAMAGEN_VQ
 from vistok.models.upstream.releases.mar import MAR
 from vistok.models.upstream.releases.maskgit import MASKGIT
@@ -32,6 +33,8 @@ RELEASES: dict[str, Release] = {
         *FLEX_AR,
         *LLAMAGEN_VQ,
         *LLAMAGEN,
+        *LANTERN,
+        *LANTERN_DRAFTERS,
         *NAR,
         KL_16,
         *MAR,
