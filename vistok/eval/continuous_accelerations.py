@@ -39,7 +39,7 @@ from vistok.tokens import Tokens
 
 EXTRACTOR = "efficientnet-lite0"
 BATCH_SIZE = 50
-MAR_STEPS = 64
+MAR_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ MAR_VARIANTS = (
     Variant("10 steps", {**MAR_FULL, "num_inference_steps": 10}),
     Variant("DiSA, 50 to 5", {**MAR_FULL, "num_final_inference_steps": 5}),
     Variant("DiSA, 16 to 5", {**MAR_FULL, "num_inference_steps": 16, "num_final_inference_steps": 5}),
-    Variant("reuse, period 2", {**MAR_FULL, "reuse_period": 2, "reuse_warm_up": 8}),
-    Variant("reuse, period 4", {**MAR_FULL, "reuse_period": 4, "reuse_warm_up": 8}),
+    Variant("reuse, period 2", {**MAR_FULL, "reuse_period": 2, "reuse_warm_up": 2}),
+    Variant("reuse, period 4", {**MAR_FULL, "reuse_period": 4, "reuse_warm_up": 2}),
     Variant(
         "DiSA, 16 to 5, reuse, period 4",
         {
@@ -81,11 +81,11 @@ MAR_VARIANTS = (
             "num_inference_steps": 16,
             "num_final_inference_steps": 5,
             "reuse_period": 4,
-            "reuse_warm_up": 8,
+            "reuse_warm_up": 2,
         },
     ),
-    Variant("speculation, T 42", MAR_FULL, SpeculationParams()),
-    Variant("speculation, T 1", MAR_FULL, SpeculationParams(inner_temperature=1.0)),
+    Variant("speculation, T 42", MAR_FULL, SpeculationParams(num_draft=4)),
+    Variant("speculation, T 1", MAR_FULL, SpeculationParams(num_draft=4, inner_temperature=1.0)),
 )
 
 
