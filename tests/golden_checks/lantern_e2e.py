@@ -28,7 +28,6 @@ from vistok.models.generators.base import join_conditions
 from vistok.models.generators.llamagen import LlamaGenText
 from vistok.models.generators.text_features import TextFeatures
 
-ONLY = ["greedy_lantern_dynamic","greedy_lantern_static"]
 DRAWS_PER_NODE = 10  # of the release, however many children a node has
 
 
@@ -126,7 +125,6 @@ def check_images(case: GoldenCase) -> Comparison:
     _compare_prefix(comparison, case, target, caption)
     _compare_plain(comparison, case, target, caption)
     for name, settings in case.meta["runs"].items():
-        if ONLY and name not in ONLY: continue
         accepted: list[int] = []
         watched = WatchedDrafter(EagleTreeDrafter(drafter, _tree(case, settings)), accepted)
         rule, streams, sampling = _sources(case, name, settings)

@@ -8,6 +8,7 @@ from vistok.kernels.attention import (
     LastKeyRepeats,
     OrderMask,
     SelfMask,
+    TreeMask,
     attention,
     attention_backend,
 )
@@ -176,6 +177,38 @@ def test_queries_after_a_cache_are_the_last_keys():
         [False, False, True, False],
         [False, False, False, True],
     ]
+
+
+def make_tree_mask() -> TreeMask:
+    """Rows of 4 and 2 committed positions; a root with two children, and a child of the first."""
+    ancestors = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]).bool()
+    return TreeMask(torch.tensor([4, 2]), ancestors.expand(2, -1, -1))
+
+
+def test_nodes_see_their_row_and_their_ancestors():
+    dense = make_tree_mask().dense(4, 8, CPU)
+    assert dense.shape == (2, 1, 4, 8)
+    assert dense[0, 0, 3].int().tolist() == [1, 1, 1, 1, 1, 1, 0, 1]
+    assert dense[1, 0, 3].int().tolist() == [1, 1, 1, 1, 0, 1, 0, 0]  # the longest row decides how many keys there are
+    assert dense[1, 0, 2].int().tolist() == [1, 1, 1, 0, 1, 0, 0, 0]
+    later = TreeMask(torch.tensor([4, 2]), make_tree_mask().ancestors[:, 2:])  # the first two nodes were fed before
+    assert torch.equal(later.dense(2, 8, CPU), dense[:, :, 2:])
+    with pytest.raises(ValueError, match="covers 4 queries and 8 keys, the attention has 4 and 7"):
+        make_tree_mask().dense(4, 7, CPU)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_chain_of_nodes_is_causal(backend):
+    q, k, v = inputs(3, 9)
+    chain = TreeMask(torch.tensor([6, 6]), torch.ones(2, 3, 3).tril().bool())
+    expected = attention(q, k, v, CausalMask(), backend="reference")
+    torch.testing.assert_close(attention(q, k, v, chain, backend=backend), expected)
+
+
+def test_backends_that_take_no_trees_say_so():
+    q, _, _ = inputs(4, 8)
+    for name in ("xformers", "flex"):
+        assert any("TreeMask" in reason for reason in BACKENDS[name].objections(q, make_tree_mask()))
 
 
 def test_either_mask_allows_the_pairs_of_both():

@@ -208,6 +208,82 @@ def rate_distortion(
     report("eval rate-distortion", **asdict(result), output=[str(output / file.name) for file in files])
 
 
+def speculative(
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="For JSON, plot and report; continued if it has some."
+        ),
+    ],
+    model: Model = DEFAULT_MODEL,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of a generator that comes without one.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Real images: the emoji set, or CIFAR-10 for a model of its classes."
+        ),
+    ] = None,
+    drafters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--drafter",
+            metavar="NAME[@TREE]",
+            help="As of `vistok generate`; repeat for several. TREE is chain-N, adaptive-N, confident-N, dynamic-N or "
+            "children per level such as 3x2x1. [default: those without training]",
+        ),
+    ] = None,
+    accept: Annotated[str, typer.Option(help="Rules: strict, lantern.")] = "strict,lantern",
+    lantern_k: Annotated[
+        str, typer.Option(metavar="LIST", help="Neighbours that stand for a code.")
+    ] = "10,100",
+    lantern_delta: Annotated[str, typer.Option(metavar="LIST", help="Bounds on what they add.")] = "0.1,0.4",
+    num_images: Annotated[int, typer.Option(min=2, help="Images of each row.")] = 100,
+    batches: Annotated[str, typer.Option(metavar="LIST", help="Batch sizes that are timed.")] = "1,4,16",
+    num_timed: Annotated[
+        int | None, typer.Option(min=1, help="Images of a timed call. [default: the largest batch]")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")] = 3,
+    extractor: Annotated[str, typer.Option(help="inception or efficientnet-lite0.")] = "efficientnet-lite0",
+    guidance_scale: Annotated[float | None, typer.Option(help="[default: the model's]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="[default: the model's]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="[default: the model's]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="[default: the model's]")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """What speculative decoding gains and costs: passes, time, quality, and whether tokens follow the model."""
+    check_folder(output if output.exists() else output.parent)
+    from vistok.eval.rate_distortion_report import check_plotting
+    from vistok.eval.speculative import Protocol, evaluate_speculative
+    from vistok.eval.speculative_methods import default_names, named_drafters, named_rules
+    from vistok.eval.speculative_report import write_report
+    from vistok.eval.speculative_subject import Parts, load_subject
+
+    check_plotting()
+    place, sizes = choose_device(device), _numbers(batches, "--batches")
+    ks, deltas = _numbers(lantern_k, "--lantern-k"), _decimals(lantern_delta, "--lantern-delta")
+    sampling = {
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    parts = Parts.load(model, tokenizer, sampling, device=place, dtype=choose_dtype(dtype))
+    rules = named_rules(_names(accept), parts.tokenizer, ks, deltas)
+    texts = drafters or default_names(parts.model)
+    chosen = [one for text in texts for one in named_drafters(text, parts.model)]
+    output.mkdir(exist_ok=True)
+    subject, judge = load_subject(parts, data, num_images, SHORT_NAMES.get(extractor, extractor), output)
+    protocol = Protocol.of(
+        subject, judge, num_timed=num_timed or max(sizes), batch_sizes=sizes, repeats=repeats
+    )
+    result = evaluate_speculative(subject, judge, chosen, rules, protocol, output)
+    files = write_report(result, output)
+    report("eval speculative", **asdict(result), output=[str(file) for file in files])
+
+
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     return [] if names == ["none"] else names
@@ -218,6 +294,13 @@ def _numbers(text: str, option: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} takes whole numbers and commas, such as 1,2,4; got {text!r}") from None
+
+
+def _decimals(text: str, option: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers and commas, such as 0.1,0.4; got {text!r}") from None
 
 
 def _tokenizer_methods(

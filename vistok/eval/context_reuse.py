@@ -95,14 +95,14 @@ class Images:
             drawn.append(_generate(self.model, labels, streams, settings))
         return torch.cat(drawn)
 
-    def errors(self, settings: MaskedSettings) -> Errors:
-        """What the evaluations of these images are off."""
-        errors = Errors()
+    def watch(self, settings: MaskedSettings) -> tuple[Tensor, Errors]:
+        """What `draw` gives, and how far its evaluations are off."""
+        drawn, errors = [], Errors()
         for labels, start in self._batches():
             watch = Watch(self.model, labels, settings, errors)
             streams = ImageStreams.from_seeds(range(start, start + len(labels)))
-            _generate(self.model, labels, streams, settings, watch.compare, watch.on_step)
-        return errors
+            drawn.append(_generate(self.model, labels, streams, settings, watch.compare, watch.on_step))
+        return torch.cat(drawn), errors
 
     def _batches(self) -> list[tuple[Tensor, int]]:
         starts = range(0, len(self.labels), BATCH_SIZE)
@@ -228,10 +228,10 @@ def measure(
     ]
     seconds = _time(Images(model, timed_batch), ways, repeats)
     images = Images(model, num_images)
-    full = images.draw(ways[0])
+    full = images.draw(settings)
     points = []
     for way, spent in zip(ways, seconds, strict=True):
-        errors = images.errors(way)
+        tokens, errors = images.watch(way)
         point = Point(
             num_steps=way.num_inference_steps,
             period=way.reuse_period,
@@ -239,7 +239,7 @@ def measure(
             seconds=spent / timed_batch,
             speed_up=seconds[0] / spent,
             evaluated=errors.evaluated.value or 0.0,
-            changed=changed_share(full, images.draw(way)),
+            changed=changed_share(full, tokens),
             divergence=errors.divergence.value,
             stale=errors.stale.value,
         )

@@ -14,29 +14,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vistok.decoding.context_reuse import ContextReuse
-from vistok.decoding.flow_sampling import generate_flow
-from vistok.decoding.guidance import LinearGuidance, RampGuidance
-from vistok.decoding.mar_sampling import generate_mar
-from vistok.decoding.speculative.continuous import SpeculationParams, generate_speculative
-from vistok.decoding.step_schedules import annealed_steps
+from vistok.decoding.speculative.continuous import SpeculationParams
 from vistok.decoding.streams import ImageStreams
+from vistok.eval.continuous_ways import (
+    DISA_LAST_TIMESTEP,
+    DRAFT,
+    FAMILIES,
+    PARTS,
+    PLAIN,
+    PUBLISHED,
+    Family,
+    Methods,
+    Way,
+    build_family,
+)
 from vistok.eval.machine import describe_machine
 from vistok.eval.markdown import table
-from vistok.eval.plain_continuous import PlainMAR, plain_flow
-from vistok.eval.random_weights import randomize
 from vistok.files import atomic_path
-from vistok.models.generators import mar, xar
-from vistok.models.generators.mar import MAR
-from vistok.models.generators.xar import XAR
-from vistok.models.heads.diffusion import DiffusionHead
 from vistok.tokens import Tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,6 +77,17 @@ def plain_difference(family: Family) -> float:
     few = family.with_few_steps()
     plain, own = (_data(way.draw(*_inputs(1))) for way in (few.plain_ways(1)[0], few.ways()[0]))
     return ((own - plain).abs().max() / plain.abs().max()).item()
+
+
+def check_difference(name: str, family: Family) -> float:
+    """The difference; raises ValueError if it is too large, as times of different functions mean nothing."""
+    difference = plain_difference(family)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise ValueError(
+            f"{name}: tokens of the plain way and of the package differ by {difference:.3g} of the largest, more than "
+            f"{LARGEST_DIFFERENCE:.3g}; they do not compute the same, so their times are not compared"
+        )
+    return difference
 
 
 def _data(drawn: Tokens | Tensor) -> Tensor:
@@ -273,12 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             network: sum(weight.numel() for weight in model.parameters())
             for network, model in family.networks.items()
         }
-        differences[name] = plain_difference(family)
-        if not differences[name] <= LARGEST_DIFFERENCE:
-            raise ValueError(
-                f"{name}: tokens of the plain way and of the package differ by {differences[name]:.3g} of the largest, "
-                f"more than {LARGEST_DIFFERENCE:.3g}; they do not compute the same, so their times are not compared"
-            )
+        differences[name] = check_difference(name, family)
         for measurement in measure(
             name,
             family,

@@ -15,129 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import vistok
-from vistok.decoding.speculative.generate import Speculation, SpeculationStatistics
-from vistok.decoding.streams import ImageStreams
-from vistok.eval.emoji_measures import recognise
-from vistok.eval.emoji_set import RealSet
-from vistok.eval.features import FeatureExtractor
-from vistok.eval.fid import FeatureSet, compare_features, extract_features
-from vistok.eval.generator_measures import all_tokens, decode
+from vistok.decoding.speculative.generate import SpeculationStatistics
 from vistok.eval.machine import describe_machine
 from vistok.eval.neighbours import Share
 from vistok.eval.speculative_methods import NamedDrafter, NamedRule
+from vistok.eval.speculative_subject import BATCH_SIZE, Judge, Quality, Subject
 from vistok.eval.timing import median_seconds
-from vistok.eval.token_laws import WatchedRule, places_in_laws, token_laws, uniformity, variation
+from vistok.eval.token_laws import WatchedRule, uniformity, variation
 from vistok.files import atomic_path
-from vistok.models.generators.base import NextTokenGenerator
 from vistok.models.identity import model_identity
-from vistok.models.tokenizers.base import ImageTokenizer
-from vistok.pipelines.drawing import Conditions, Request, draw
-from vistok.pipelines.settings import OrderedSettings
-from vistok.pipelines.speculation import SpeculativeDecoding, speculate
-from vistok.tokens import Tokens, concatenate
+from vistok.pipelines.speculation import SpeculativeDecoding
+from vistok.tokens import concatenate
 
 JSON_FILE = "speculative.json"
-BATCH_SIZE = 16  # of the images whose quality is measured
-NUM_PLAIN = 3  # times that all images are drawn plainly, with other seeds each: what chance does to the measures
+NUM_PLAIN = (
+    3  # times that all images are drawn plainly, with other seeds each: what chance does to the measures
+)
 NUM_WATCHED, NUM_NODES = 4, 48  # images drawn to watch a relaxed rule, and nodes at which it is judged
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A generator and the images that it draws.
-
-    Args:
-        name: of the model.
-        model: the generator.
-        tokenizer: of its tokens.
-        settings: how it is sampled.
-        conditions: `[n ...]`, of all images; image i has the seed i.
-    """
-
-    name: str
-    model: NextTokenGenerator
-    tokenizer: ImageTokenizer
-    settings: OrderedSettings
-    conditions: Tensor
-
-    def __len__(self) -> int:
-        return len(self.conditions)
-
-    def batches(self, num_images: int, batch_size: int) -> list[range]:
-        """The first images."""
-        starts = range(0, num_images, batch_size)
-        return [range(start, min(start + batch_size, num_images)) for start in starts]
-
-    @torch.inference_mode()
-    def plain(self, images: range, first_seed: int = 0) -> Tokens:
-        """Tokens of some images."""
-        return draw(self.model, self.settings, self._request(images, first_seed))
-
-    @torch.inference_mode()
-    def speculate(self, images: range, decoding: SpeculativeDecoding, num_tokens: int | None = None) -> Speculation:
-        """Tokens of some images, or the first few of them."""
-        return speculate(self.model, self.settings, self._request(images, 0, num_tokens), decoding)
-
-    def _request(self, images: range, first_seed: int, num_tokens: int | None = None) -> Request:
-        lengths = all_tokens(self.model, len(images))
-        return Request(
-            Conditions(self.conditions[images.start : images.stop]),
-            ImageStreams.from_seeds([first_seed + image for image in images]),
-            lengths if num_tokens is None else lengths.clamp_max(num_tokens),
-            given=None,
-            logits_processor=None,
-            on_step=lambda step, tokens: None,
-        )
-
-    def places(self, tokens: Tokens) -> Tensor:
-        """Where the tokens of all images lie in the generator's laws, `[n t]`; see `places_in_laws`."""
-        uniforms = ImageStreams.from_seeds(range(len(self))).uniform(self.model.num_tokens).to(self.model.device)
-        found = []
-        for images in self.batches(len(self), BATCH_SIZE):
-            rows = slice(images.start, images.stop)
-            indices = tokens.data[rows].to(self.model.device)
-            laws = token_laws(self.model, self.conditions[rows], indices, self.settings)
-            found.append(places_in_laws(laws, indices, uniforms[rows]))
-        return torch.cat(found)
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Of all images."""
-
-    frechet_distance: float
-    recognised: Share | None  # of emoji
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Measures the quality of images.
-
-    Args:
-        extractor: of features.
-        real: what images are compared with.
-        names: the emoji that was asked for, for each image; with `reals`.
-        reals: the emoji that drawn ones are recognised by.
-    """
-
-    extractor: FeatureExtractor
-    real: FeatureSet
-    names: list[str] | None = None
-    reals: RealSet | None = None
-
-    def __call__(self, subject: Subject, tokens: Tokens, name: str) -> Quality:
-        """Decode the tokens of all images and measure them."""
-        parts = subject.batches(len(subject), BATCH_SIZE)
-        images = (decode(subject.tokenizer, tokens[part.start : part.stop]) for part in parts)
-        made = extract_features(images, self.extractor, name=name)
-        share = None
-        if self.names is not None and self.reals is not None:
-            share = recognise(self.names, made.features, self.reals).every
-        return Quality(compare_features(self.real, made, extractor=self.extractor).fid, share)
 
 
 @dataclass(frozen=True)
@@ -157,7 +54,7 @@ class Timing:
     seconds: float  # per image, median
     plain_seconds: float
     speed_up: float
-    target_passes: float  # per image of a batch of this size, the prefix not counted: a batch waits for its last image
+    target_passes: float  # of a batch, mean, the prefix not counted
     draft_passes: float
 
 
@@ -219,7 +116,13 @@ class Protocol:
 
     @classmethod
     def of(
-        cls, subject: Subject, judge: Judge | None, *, num_timed: int, batch_sizes: Sequence[int], repeats: int
+        cls,
+        subject: Subject,
+        judge: Judge | None,
+        *,
+        num_timed: int,
+        batch_sizes: Sequence[int],
+        repeats: int,
     ) -> Protocol:
         """Of a measurement in this process.
 
@@ -307,7 +210,9 @@ def read_report(path: Path, protocol: Protocol) -> Report | None:
         return None
     stored = json.loads(path.read_text(encoding="utf-8"))
     ours = json.loads(json.dumps(asdict(protocol)))
-    different = [field.name for field in fields(Protocol) if stored["protocol"].get(field.name) != ours[field.name]]
+    different = [
+        field.name for field in fields(Protocol) if stored["protocol"].get(field.name) != ours[field.name]
+    ]
     if different:
         raise ValueError(
             f"{path.parent} holds a measurement with other {', '.join(different)}, with which this one cannot be "

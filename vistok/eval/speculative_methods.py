@@ -116,16 +116,16 @@ def with_tree(drafter: Any, name: str) -> Drafter:
     if isinstance(drafter, JacobiDrafter) and is_static and max(tree.num_children) == 1:
         return JacobiDrafter(tree.depth, coupled=drafter.coupled, opening=drafter.opening)
     if isinstance(drafter, RecyclingDrafter) and is_static:
-        return RecyclingDrafter(
-            tree, num_successors=drafter.num_successors, successors=drafter.successors
-        )
+        return RecyclingDrafter(tree, num_successors=drafter.num_successors, successors=drafter.successors)
     if isinstance(drafter, NeighbourDrafter) and is_static:
         return NeighbourDrafter(tree, drafter.neighbours)
     if isinstance(drafter, EagleTreeDrafter) and isinstance(tree, TreeShape | DynamicTreeParams):
         return replace(drafter, tree=tree)
     if isinstance(drafter, IndependentDrafter | EarlyExitDrafter) and not isinstance(tree, DynamicTreeParams):
         return replace(drafter, tree=tree)
-    raise ValueError(f"the drafter {TITLES.get(type(drafter), type(drafter).__name__)!r} cannot draft {name!r}")
+    raise ValueError(
+        f"the drafter {TITLES.get(type(drafter), type(drafter).__name__)!r} cannot draft {name!r}"
+    )
 
 
 def named_drafters(text: str, target: NextTokenGenerator) -> list[NamedDrafter]:
@@ -136,7 +136,9 @@ def named_drafters(text: str, target: NextTokenGenerator) -> list[NamedDrafter]:
     """
     name, _, tree = text.partition("@")
     drafter: Any = load_drafter(name, target)
-    network = next((getattr(drafter, part) for part in ("network", "model", "adapter") if hasattr(drafter, part)), None)
+    network = next(
+        (getattr(drafter, part) for part in ("network", "model", "adapter") if hasattr(drafter, part)), None
+    )
     identity = "" if network is None else model_identity(network)
     num_parameters = 0 if network is None else sum(weight.numel() for weight in network.parameters())
     trees = (tree,) if tree else DEFAULT_TREES[type(drafter)]

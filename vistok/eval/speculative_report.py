@@ -116,7 +116,17 @@ def _page(report: Report, picture: str) -> str:
 
 def _plain_cells(row: PlainRow, num_batches: int) -> list[str]:
     name = f"plain, seeds from {row.first_seed}"
-    return [name, "", "", "1.00", "0 %", *["1.00"] * num_batches, _p_value(row.p_value), NOTHING, *_quality(row.quality)]
+    return [
+        name,
+        "",
+        "",
+        "1.00",
+        "0 %",
+        *["1.00"] * num_batches,
+        _p_value(row.p_value),
+        NOTHING,
+        *_quality(row.quality),
+    ]
 
 
 def _cells(row: Row) -> list[str]:
@@ -154,7 +164,9 @@ def _quality(quality: Quality | None) -> list[str]:
 def _notes(protocol: Protocol) -> list[str]:
     sampling = ", ".join(f"{name} {value}" for name, value in protocol.sampling.items())
     threads = f"{protocol.num_threads} thread{'s' if protocol.num_threads != 1 else ''}"
-    quality = "not measured" if protocol.real is None else f"{protocol.extractor} features against {protocol.real}"
+    quality = (
+        "not measured" if protocol.real is None else f"{protocol.extractor} features against {protocol.real}"
+    )
     return [
         f"- Images: {protocol.num_images}, of {protocol.num_tokens} tokens each; {sampling}; {protocol.dtype}.",
         f"- Plain decoding: {NUM_PLAIN} times with other seeds each; how far these rows are apart is what chance does.",

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from vistok.decoding.speculative.accept import AcceptRule, Decision, JudgingRule, Proposals
 from vistok.decoding.speculative.drafter import DraftStart
+from vistok.decoding.speculative.laws import Drafts, all_drafts, node_law
 from vistok.models.generators.base import Condition, NextTokenGenerator, join_conditions
 from vistok.pipelines.settings import OrderedSettings
 
 MOST_BINS, FEWEST_PER_BIN = 16, 16  # along one side of the square of pairs; pairs expected in every bin
-CHUNK = 512  # proposals of one node judged at a time
 
 
 @torch.no_grad()
@@ -107,19 +107,11 @@ def variation(rule: JudgingRule, target: Tensor, proposals: Proposals) -> float:
     """Total variation between the token that comes out at a node and its target `[v]`, in [0, 1].
 
     Proposals that are a function of the prefix are judged together. Of drawn ones the first alone counts, as if it was
-    the only one: its law is the mean over all tokens that it can be, each judged.
+    the only one; the law is the mean over all tokens that it can be.
     """
     if proposals.draft is None:
-        law = rule.judge(target[None], proposals).law(proposals.tokens)[0]
+        drafts = Drafts.certain(proposals.tokens[proposals.exists].cpu())
     else:
-        draft = proposals.draft[0].double()
-        law = torch.zeros_like(draft)
-        for tokens in draft.nonzero().split(CHUNK):  # [s 1]
-            drawn = Proposals(tokens, torch.ones_like(tokens, dtype=torch.bool), _repeat(proposals.draft[0], tokens))
-            law += draft[tokens[:, 0]] @ rule.judge(_repeat(target, tokens), drawn).law(tokens)
-        law /= draft.sum()
-    return float((law - target.double()).abs().sum() / 2)
-
-
-def _repeat(row: Tensor, tokens: Tensor) -> Tensor:
-    return row.expand(len(tokens), -1)
+        drafts = all_drafts(proposals.draft[0].cpu(), 1, with_replacement=False)
+    target = target.cpu()
+    return node_law(rule, target, drafts).total_variation(target)

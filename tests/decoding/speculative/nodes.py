@@ -20,14 +20,14 @@ def markov_chain(seed: int, *, num_removed: int = 0, sharpness: float = 1.5) -> 
     return logits.scatter(1, order[:, :num_removed], -torch.inf).softmax(dim=1)
 
 
-def draw(probs: Tensor, generator: torch.Generator, count: int = 1, *, with_replacement: bool = False) -> Tensor:
+def draw(
+    probs: Tensor, generator: torch.Generator, count: int = 1, *, with_replacement: bool = False
+) -> Tensor:
     """`[b count]` from `probs [b v]`, one after another."""
     return torch.multinomial(probs, count, replacement=with_replacement, generator=generator)
 
 
-def propose(
-    draft: Tensor, num_children: int, kind: str, generator: torch.Generator
-) -> Proposals:
+def propose(draft: Tensor, num_children: int, kind: str, generator: torch.Generator) -> Proposals:
     """Children of one node per row: the most probable ones, or drawn from `draft [b v]`."""
     if kind == "deterministic":
         tokens = draft.topk(num_children, dim=1).indices

@@ -134,7 +134,9 @@ def test_repeated_and_missing_children_take_no_uniform() -> None:
     target = torch.tensor([[0.2, 0.3, 0.5]]).expand(2, -1)
     tokens = torch.tensor([[0, 0, 1], [0, 1, 2]])
     exists = torch.tensor([[True, True, True], [True, False, True]])
-    uniforms = torch.tensor([[0.9, 0.3, 0.9]]).expand(2, -1)  # 0 rejected; then 1 at 3/8, or 2 at 5/8, accepted
+    uniforms = torch.tensor([[0.9, 0.3, 0.9]]).expand(
+        2, -1
+    )  # 0 rejected; then 1 at 3/8, or 2 at 5/8, accepted
     decision = StrictRule().decide(target, Proposals(tokens, exists), uniforms)
     assert decision.child.tolist() == [2, 2]
     assert decision.num_tried.tolist() == [2, 2]

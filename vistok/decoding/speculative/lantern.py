@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vistok.decoding.speculative.accept import JudgingRule, Judgement, Proposals, SequentialRule
+from vistok.decoding.speculative.accept import Judgement, JudgingRule, Proposals, SequentialRule
 from vistok.decoding.speculative.neighbours import NeighbourTable
 
 Mode = Literal["default", "official"]

@@ -52,7 +52,7 @@ def all_drafts(draft: Tensor, num_drafts: int, *, with_replacement: bool) -> Dra
         ValueError: more draws than tokens that could be drawn, or too many possibilities.
     """
     support = draft.nonzero()[:, 0].tolist()
-    if not 1 <= num_drafts or (num_drafts > len(support) and not with_replacement):
+    if num_drafts < 1 or (num_drafts > len(support) and not with_replacement):
         raise ValueError(f"cannot draw {num_drafts} tokens from {len(support)} without replacement")
     if len(support) ** num_drafts > MAX_DRAFTS:
         raise ValueError(

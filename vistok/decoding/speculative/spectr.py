@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vistok.decoding.speculative.accept import JudgingRule, Judgement, Proposals
+from vistok.decoding.speculative.accept import Judgement, JudgingRule, Proposals
 
 NUM_BISECTIONS = 30
 
@@ -30,7 +30,7 @@ class SpecTrRule(JudgingRule):
             ValueError: several proposals that were not drawn with replacement, or any that were not drawn.
         """
         are_tried = proposals.are_tried()
-        if not proposals.tokens.shape[1]:
+        if not proposals.tokens.shape[1]:  # of any kind
             return Judgement(are_tried, target[:, :0], target)
         draft = _independent_draft(proposals)
         count = are_tried.sum(dim=1, keepdim=True)  # [b 1]
@@ -77,9 +77,11 @@ def _acceptance(single: Tensor, count: Tensor) -> Tensor:
 
 
 def _leftover(target: Tensor, covered: Tensor, count: Tensor) -> Tensor:
-    """What the target has beyond what accepted draws make up, `[b v]`; the target itself if that is nothing."""
+    """What the target has beyond what accepted draws make up, `[b v]`; the target itself where there are no draws,
+    or nothing but rounding is left."""
     single = covered.sum(dim=1, keepdim=True).clamp_max(1)
     num_chances = torch.where(single > 0, _acceptance(single, count) / single, count.double())
     rest = (target - covered * num_chances).clamp_min(0)
     mass = rest.sum(dim=1, keepdim=True)
-    return torch.where(mass > 0, rest / torch.where(mass > 0, mass, 1.0), target)
+    has_rest = (mass > 0) & (count > 0)
+    return torch.where(has_rest, rest / torch.where(has_rest, mass, 1.0), target)

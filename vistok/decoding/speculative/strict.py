@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vistok.decoding.speculative.accept import JudgingRule, Judgement, Proposals, SequentialRule
+from vistok.decoding.speculative.accept import Judgement, JudgingRule, Proposals, SequentialRule
 
 
 class StrictRule(SequentialRule):

@@ -26,27 +26,14 @@ def best_acceptance(target: Tensor, draft: Tensor, num_drafts: int, *, with_repl
     Raises:
         ValueError: shapes that do not fit, or as `all_drafts`.
         RuntimeError: the linear program was not solved.
+        ModuleNotFoundError: scipy is not installed.
     """
-    import numpy as np
-    from scipy.optimize import linprog
-    from scipy.sparse import csr_array
-
     if target.ndim != 1 or target.shape != draft.shape:
         raise ValueError(
             f"target and draft must be [v], got shapes {tuple(target.shape)} and {tuple(draft.shape)}"
         )
     sets, probs = _draft_sets(draft, num_drafts, with_replacement)
-    pairs = sets.nonzero().numpy()  # a variable for each: how much of the set becomes the token
-    variables = np.arange(len(pairs))
-    # A constraint per set, then one per token: how much there is of it.
-    constraints = np.concatenate([pairs[:, 0], len(sets) + pairs[:, 1]])
-    entries = (np.ones(len(constraints)), (constraints, np.concatenate([variables, variables])))
-    used = csr_array(entries, shape=(sum(sets.shape), len(pairs)))
-    available = torch.cat([probs, target.double()]).numpy()
-    plan = linprog(-np.ones(len(pairs)), A_ub=used, b_ub=available, method="highs")
-    if not plan.success:
-        raise RuntimeError(f"the linear program for the best acceptance failed: {plan.message}")
-    return float(-plan.fun)
+    return _most_transported(sets, probs, target.double())
 
 
 def _draft_sets(draft: Tensor, num_drafts: int, with_replacement: bool) -> tuple[Tensor, Tensor]:
@@ -55,6 +42,28 @@ def _draft_sets(draft: Tensor, num_drafts: int, with_replacement: bool) -> tuple
     members = F.one_hot(drafts.tokens, len(draft)).any(dim=1)  # [m v]
     sets, ids = members.unique(dim=0, return_inverse=True)
     return sets, drafts.weights.new_zeros(len(sets)).scatter_add(0, ids, drafts.weights)
+
+
+def _most_transported(sets: Tensor, probs: Tensor, target: Tensor) -> float:
+    """How much of the sets `[s v]` with `probs [s]` can become a token of their own, where tokens hold `target [v]`."""
+    try:
+        from scipy.optimize import linprog
+        from scipy.sparse import csr_array
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("the best acceptance needs scipy: run `pip install scipy`") from None
+
+    pairs = sets.nonzero()  # a variable for each: how much of the set becomes the token
+    variables = torch.arange(len(pairs))
+    # A constraint per set, then one per token: how much there is of it.
+    constraints = torch.cat([pairs[:, 0], len(sets) + pairs[:, 1]]).numpy()
+    entries = torch.ones(len(constraints), dtype=torch.float64).numpy()
+    places = (constraints, torch.cat([variables, variables]).numpy())
+    used = csr_array((entries, places), shape=(sum(sets.shape), len(pairs)))
+    available = torch.cat([probs, target]).numpy()
+    plan = linprog(-entries[: len(pairs)], A_ub=used, b_ub=available, method="highs")
+    if not plan.success:
+        raise RuntimeError(f"the linear program for the best acceptance failed: {plan.message}")
+    return float(-plan.fun)
 
 
 def best_independent_acceptance(target: Tensor, draft: Tensor, num_drafts: int) -> Tensor:
