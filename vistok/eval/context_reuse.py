@@ -228,7 +228,7 @@ def measure(
     ]
     seconds = _time(Images(model, timed_batch), ways, repeats)
     images = Images(model, num_images)
-    full = images.draw(settings)
+    full = images.draw(ways[0])
     points = []
     for way, spent in zip(ways, seconds, strict=True):
         tokens, errors = images.watch(way)

@@ -66,7 +66,7 @@ class Family(Protocol):
         ...
 
     def plain_ways(self, every: int) -> list[Way]:
-        """Nothing kept; the first with the steps of `ways`, done but for one in `every`."""
+        """Nothing kept; the first with the steps of `ways`, of which it does one in `every`."""
         ...
 
     def with_few_steps(self) -> Family:
@@ -159,7 +159,7 @@ class MARFamily:
 
     def ways(self) -> list[Way]:
         model, steps, count = self.model, self.num_steps, self.num_inference_steps
-        shared = {"num_steps": steps, "guidance": LinearGuidance(self.scale)}
+        shared: dict[str, Any] = {"num_steps": steps, "guidance": LinearGuidance(self.scale)}
         even = shared | {"num_inference_steps": count}
         annealed = shared | {
             "num_inference_steps": annealed_steps(steps, *self.annealed),

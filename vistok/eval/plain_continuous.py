@@ -14,7 +14,7 @@ from vistok.decoding.guidance import GuidanceSchedule, apply_guidance
 from vistok.decoding.mar_sampling import Source, both_branches, empty_canvas, make_plan, put
 from vistok.decoding.streams import NormalSource, StepNoise
 from vistok.kernels.attention import KeyMask
-from vistok.models.generators.mar import MAR, take
+from vistok.models.generators.mar import MAR, MARBlock, take
 from vistok.models.generators.xar import XAR
 from vistok.models.heads.base import Predict
 
@@ -101,6 +101,7 @@ class PlainMAR:
         hidden_states = model.latent_norm(hidden_states + model.encoder.position_embed)
         mask = KeyMask(F.pad(~is_hidden, (model.num_buffer_tokens, 0), value=True))
         for block in model.encoder.blocks:
+            assert isinstance(block, MARBlock)
             hidden_states = hidden_states + block.attn(block.norm1(hidden_states), mask)
             hidden_states = hidden_states + block.fc2(F.gelu(block.fc1(block.norm2(hidden_states))))
         return model.encoder.norm(hidden_states)

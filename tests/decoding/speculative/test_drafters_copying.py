@@ -21,7 +21,9 @@ BINARY = TreeShape.from_counts([[2], [2, 2]])
 STREAMS = ImageStreams.from_seeds([0])
 
 
-def make_start(grid: tuple[int, ...] | None = (3, 4), codebook_size: int = 10, batch_size: int = 1) -> DraftStart:
+def make_start(
+    grid: tuple[int, ...] | None = (3, 4), codebook_size: int = 10, batch_size: int = 1
+) -> DraftStart:
     """Of a target of which a drafter needs to know the sizes alone."""
     num_tokens = 12 if grid is None else int(torch.tensor(grid).prod())
     target = SimpleNamespace(codebook_size=codebook_size, num_tokens=num_tokens, layout=Layout(grid))
@@ -30,7 +32,9 @@ def make_start(grid: tuple[int, ...] | None = (3, 4), codebook_size: int = 10, b
     return DraftStart(target, labels, reading, torch.ones(num_tokens), SamplingParams(), False, batch_size)
 
 
-def make_outcome(tree: DraftTree, path: list[list[int]], new_roots: list[int], logits: Tensor | None = None) -> Outcome:
+def make_outcome(
+    tree: DraftTree, path: list[list[int]], new_roots: list[int], logits: Tensor | None = None
+) -> Outcome:
     paths = torch.tensor(path)
     if logits is None:
         logits = torch.zeros(*tree.tokens.shape, 10)
@@ -129,8 +133,9 @@ def test_successors_are_those_that_the_target_thought_likely_last() -> None:
     session.commit(make_outcome(tree, [[0]], [3], logits_with_best([[3, 5], *padding])))
     tree = propose(session, 3, 1)
     assert existing(tree) == [3, 5, 3, 5, None, None]  # after 5 nothing is known
-    # Rejected nodes teach as well, and of the three 3s in the tree the last says what counts.
-    session.commit(make_outcome(tree, [[0]], [5], logits_with_best([[8, 9], [7, 8], [6, 4], [1, 2], *padding[:3]])))
+    # Rejected nodes teach as well; of several nodes with a token, the last does.
+    best = [[8, 9], [7, 8], [7, 8], [1, 2], [6, 4], *padding[:2]]
+    session.commit(make_outcome(tree, [[0]], [5], logits_with_best(best)))
     assert existing(propose(session, 5, 2)) == [6, 4, None, None, None, None]
     assert existing(propose(session, 3, 2)) == [1, 2, None, None, None, None]
 
@@ -139,7 +144,9 @@ def test_matrices_can_start_from_successors_counted_before() -> None:
     images = torch.tensor([[1, 2, 1, 3, 1, 2], [2, 3, 3, 3, 0, 0]])
     counted = frequent_successors(images, 4, 2)
     assert counted.tolist() == [[0, -1], [2, 3], [1, 3], [3, 0]]
-    session = RecyclingDrafter(BINARY, num_successors=2, successors=counted).begin(make_start(codebook_size=4))
+    session = RecyclingDrafter(BINARY, num_successors=2, successors=counted).begin(
+        make_start(codebook_size=4)
+    )
     assert existing(propose(session, 1, 0)) == [2, 3, 1, 3, 3, 0]
     logits = torch.zeros(1, 7, 4)
     session.commit(make_outcome(propose(session, 1, 0), [[0]], [1], logits))

@@ -46,9 +46,7 @@ def make_adapter(target) -> EarlyExitAdapter:
 def make_drafter(name: str, target):
     """Drafters that are neither perfect nor hopeless."""
     if name.startswith("independent"):
-        tree = {"fixed": FixedLength(3), "adaptive": AdaptiveLength(3, 0.5), "tree": TREE}[
-            name.split("-")[1]
-        ]
+        tree = {"fixed": FixedLength(3), "adaptive": AdaptiveLength(3, 0.5), "tree": TREE}[name.split("-")[1]]
         return IndependentDrafter(tiny_target(seed=3, depth=1), tree)
     if name.startswith("early-exit"):
         tree = TREE if name.endswith("tree") else ConfidenceThreshold(3, 0.5)
@@ -99,7 +97,9 @@ def test_images_follow_the_law_of_the_target(target, name: str, setting: str) ->
     result = draw_many(target, make_drafter(name, target), sampling, scale)
     assert p_value(result.tokens.data, exact_law(target, LABEL, sampling, scale)) > 1e-3
     passes = result.statistics.row_passes
-    assert passes.float().mean() < 3 and passes.max() > passes.min()  # some drafts are accepted, and some are not
+    assert (
+        passes.float().mean() < 3 and passes.max() > passes.min()
+    )  # some drafts are accepted, and some are not
 
 
 class Lying(JacobiDrafter):
