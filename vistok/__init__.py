@@ -16,6 +16,7 @@ PUBLIC = {
     "ClassToImagePipeline": "vistok.pipelines.class_to_image",
     "ConvTiTok": "vistok.models.tokenizers.conv_titok",
     "EagleDrafter": "vistok.models.drafters.eagle",
+    "EarlyExitAdapter": "vistok.models.drafters.early_exit",
     "FlexARClass": "vistok.models.generators.flex_ar",
     "FlexARText": "vistok.models.generators.flex_ar",
     "FlexTok": "vistok.models.tokenizers.flextok",

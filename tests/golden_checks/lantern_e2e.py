@@ -138,7 +138,9 @@ def check_images(case: GoldenCase) -> Comparison:
             sampling=sampling,
             guidance=ConstantGuidance(settings["cfg"]),
         )
-        comparison.compare(f"outputs/{name}/tokens", speculation.tokens.data[0], case.outputs[f"{name}/tokens"])
+        comparison.compare(
+            f"outputs/{name}/tokens", speculation.tokens.data[0], case.outputs[f"{name}/tokens"]
+        )
         expected = _within(case.outputs[f"{name}/accept_lengths"], settings["max_length"])
         comparison.compare(f"outputs/{name}/accept_lengths", torch.tensor(accepted), expected)
     return comparison
@@ -154,14 +156,21 @@ def _load(case: GoldenCase, part: str) -> Any:
     return upstream.load(system, weights, case.config[part]).eval()
 
 
-def _compare_prefix(comparison: Comparison, case: GoldenCase, target: LlamaGenText, text: TextFeatures) -> None:
+def _compare_prefix(
+    comparison: Comparison, case: GoldenCase, target: LlamaGenText, text: TextFeatures
+) -> None:
     rows = join_conditions(text, target.null_condition_for(text))
     reading = target.read_prefix(rows, target.new_cache(2))
-    for name, actual in (("prefill_features", reading.features), ("prefill_logits_last", reading.logits[:, 0])):
+    for name, actual in (
+        ("prefill_features", reading.features),
+        ("prefill_logits_last", reading.logits[:, 0]),
+    ):
         comparison.compare(f"intermediate/{name}", actual, case.intermediate[name])
 
 
-def _compare_plain(comparison: Comparison, case: GoldenCase, target: LlamaGenText, text: TextFeatures) -> None:
+def _compare_plain(
+    comparison: Comparison, case: GoldenCase, target: LlamaGenText, text: TextFeatures
+) -> None:
     scale = case.config["cfg_scale"]
     tokens = generate_ordered(
         target,

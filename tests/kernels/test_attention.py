@@ -189,9 +189,20 @@ def test_nodes_see_their_row_and_their_ancestors():
     dense = make_tree_mask().dense(4, 8, CPU)
     assert dense.shape == (2, 1, 4, 8)
     assert dense[0, 0, 3].int().tolist() == [1, 1, 1, 1, 1, 1, 0, 1]
-    assert dense[1, 0, 3].int().tolist() == [1, 1, 1, 1, 0, 1, 0, 0]  # the longest row decides how many keys there are
+    assert dense[1, 0, 3].int().tolist() == [
+        1,
+        1,
+        1,
+        1,
+        0,
+        1,
+        0,
+        0,
+    ]  # the longest row decides how many keys there are
     assert dense[1, 0, 2].int().tolist() == [1, 1, 1, 0, 1, 0, 0, 0]
-    later = TreeMask(torch.tensor([4, 2]), make_tree_mask().ancestors[:, 2:])  # the first two nodes were fed before
+    later = TreeMask(
+        torch.tensor([4, 2]), make_tree_mask().ancestors[:, 2:]
+    )  # the first two nodes were fed before
     assert torch.equal(later.dense(2, 8, CPU), dense[:, :, 2:])
     with pytest.raises(ValueError, match="covers 4 queries and 8 keys, the attention has 4 and 7"):
         make_tree_mask().dense(4, 7, CPU)

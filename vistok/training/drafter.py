@@ -93,8 +93,8 @@ class DrafterTask(Task):
         self.device = device
         loaded = load(options.target, device=device)
         self.target = getattr(loaded, "transformer", loaded).requires_grad_(False)
-        self.settings = _settings(loaded, options)
-        making = Making(self.target, self.settings, model.prefix_length, options.law_size)
+        self.settings = target_settings(loaded, options)
+        making = Making(self.target, self.settings.fitted(self.target), model.prefix_length, options.law_size)
         self._check_fit()
         prompts = None if options.prompts is None else Path(options.prompts)
         conditions = make_conditions(self.target, prompts, options.num_images, seed)
@@ -220,8 +220,8 @@ class DrafterTask(Task):
             self.model.token_embed.weight.data.copy_(self.target.token_embed.weight)
 
 
-def _settings(loaded: Any, options: DrafterOptions) -> OrderedSettings:
-    """How the target is sampled: as its pipeline does, but for what the options say."""
+def target_settings(loaded: Any, options: Any) -> OrderedSettings:
+    """How the target is sampled: as its pipeline does, but for what the options say under the names of its settings."""
     names = ("guidance_scale", "temperature", "top_k", "top_p")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if hasattr(loaded, "transformer"):

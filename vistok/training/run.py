@@ -50,17 +50,29 @@ def _task(recipe: Recipe, device: torch.device, folder: Path) -> Task:
     if recipe.kind == "class-conditional":
         return _class_generator_task(recipe, device, folder)
     if recipe.kind == "drafter":
-        from vistok.models.drafters.eagle import EagleDrafter
-        from vistok.training.drafter import DrafterOptions, DrafterTask
-
-        if recipe.model_class not in (None, "EagleDrafter"):
-            raise ValueError(f"model_class must be EagleDrafter for a drafter, got {recipe.model_class!r}")
-        goal = from_mapping(DrafterOptions, recipe.task, "task")
-        drafter = _initial(EagleDrafter, recipe)
-        return DrafterTask(drafter, goal, recipe.augmentation, device, folder, recipe.seed)
+        return _drafter_task(recipe, device, folder)
     raise ValueError(
         f"unknown kind of training {recipe.kind!r}; known: tokenizer, next-token, class-conditional, drafter"
     )
+
+
+def _drafter_task(recipe: Recipe, device: torch.device, folder: Path) -> Task:
+    rest = (recipe.augmentation, device, folder, recipe.seed)
+    if recipe.model_class == "EarlyExitAdapter":
+        from vistok.models.drafters.early_exit import EarlyExitAdapter
+        from vistok.training.early_exit import EarlyExitOptions, EarlyExitTask
+
+        data = from_mapping(EarlyExitOptions, recipe.task, "task")
+        return EarlyExitTask(_initial(EarlyExitAdapter, recipe), data, *rest)
+    if recipe.model_class not in (None, "EagleDrafter"):
+        raise ValueError(
+            f"model_class must be EagleDrafter or EarlyExitAdapter for a drafter, got {recipe.model_class!r}"
+        )
+    from vistok.models.drafters.eagle import EagleDrafter
+    from vistok.training.drafter import DrafterOptions, DrafterTask
+
+    goal = from_mapping(DrafterOptions, recipe.task, "task")
+    return DrafterTask(_initial(EagleDrafter, recipe), goal, *rest)
 
 
 def _tokenizer_task(recipe: Recipe, device: torch.device) -> Task:

@@ -107,6 +107,11 @@ class Making:
             guidance=guidance,
         )
         prefix, nodes = read_image(target, rows, drawn.data)
+        if prefix.features.shape[1] <= self.prefix_length:
+            raise ValueError(
+                f"the drafter reads {self.prefix_length} condition positions in front of the last, "
+                f"{type(target).__name__} has {prefix.features.shape[1] - 1}"
+            )
         features = torch.cat([prefix.features[:, -self.prefix_length - 1 :], nodes.features], dim=1)
         law = self._law(torch.cat([prefix.logits, nodes.logits], dim=1))
         return TargetImages(drawn.data, features.unflatten(0, (-1, len(seeds))).transpose(0, 1), *law)

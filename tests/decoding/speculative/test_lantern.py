@@ -133,7 +133,7 @@ def test_it_accepts_more_and_moves_the_target_further_the_more_it_merges(kind: s
     assert moved[0].max() < 1e-6
     for means in (gained, moved):
         assert (means[1:].diff(dim=1) > 0).all()
-        assert (means.diff(dim=0) > 0).all()
+        assert (means.diff(dim=0) > -1e-6).all()
     assert moved[2, 2] > 0.2
 
 

@@ -29,10 +29,15 @@ def make_case(family: str) -> tuple[NextTokenGenerator, Condition]:
         model = TextAR(text_length=16, **SMALL)
         condition: Condition = model.encode_text(["a dog", "猫"])
     elif family in ("llamagen-class", "flex-ar-class"):
-        model = {"llamagen-class": LlamaGenClass, "flex-ar-class": FlexARClass}[family](num_classes=5, **SMALL)
+        model = {"llamagen-class": LlamaGenClass, "flex-ar-class": FlexARClass}[family](
+            num_classes=5, **SMALL
+        )
         condition = torch.tensor([3, 1])
     elif family == "llamagen-text":
-        model, condition = LlamaGenText(text_dim=12, max_text_length=6, num_kv_heads=1, **SMALL), make_features()
+        model, condition = (
+            LlamaGenText(text_dim=12, max_text_length=6, num_kv_heads=1, **SMALL),
+            make_features(),
+        )
     else:
         model, condition = FlexARText(text_dim=12, **SMALL), make_features()
     with torch.no_grad():

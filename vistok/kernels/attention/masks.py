@@ -191,7 +191,9 @@ class TreeMask(AttentionMask):
 
     def _dense(self, num_keys: int, device: torch.device) -> Tensor:
         lengths, ancestors = self.lengths.to(device), self.ancestors.to(device)
-        node = torch.arange(num_keys, device=device) - lengths[:, None]  # [b k], of the key; negative: committed
+        node = (
+            torch.arange(num_keys, device=device) - lengths[:, None]
+        )  # [b k], of the key; negative: committed
         last = ancestors.shape[2] - 1
         places = node.clamp(0, last)[:, None].expand(-1, ancestors.shape[1], -1)  # [b q k]
         is_above = ancestors.gather(2, places) & (node <= last)[:, None]

@@ -68,7 +68,9 @@ class LayerCache:
         places = rows.places(self.length, keys.shape[2])
         self.length += keys.shape[2]
         end = rows.longest + self.length
-        if end > self.keys.shape[2]:  # nodes come on top of what an image needs; how many, the first tree says
+        if (
+            end > self.keys.shape[2]
+        ):  # nodes come on top of what an image needs; how many, the first tree says
             missing = end - self.keys.shape[2] + self.length
             self.keys, self.values = (F.pad(x, (0, 0, 0, missing)) for x in (self.keys, self.values))
         self._put(places, keys, values)
