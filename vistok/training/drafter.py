@@ -35,12 +35,18 @@ class DrafterOptions:
     """Data and losses. The release for LlamaGen has `law_weight` 0, `token_weight` 0.1 and `supervise_first` false."""
 
     target: str  # a trained generator or its pipeline, by the name or folder that `vistok.load` takes
-    prompts: str | None = None  # of a text target: the emoji set's folder, or a file with one prompt in every line
-    images: str | None = None  # folder that keeps what the target made, for several runs; the run's own by default
+    prompts: str | None = (
+        None  # of a text target: the emoji set's folder, or a file with one prompt in every line
+    )
+    images: str | None = (
+        None  # folder that keeps what the target made, for several runs; the run's own by default
+    )
     num_images: int = 5000
     images_per_shard: int = 256
     heldout_images: int = 256  # measure on the last so many of them
-    guidance_scale: float | None = None  # the settings of the pipeline, or plain sampling, where nothing is said
+    guidance_scale: float | None = (
+        None  # the settings of the pipeline, or plain sampling, where nothing is said
+    )
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -116,7 +122,9 @@ class DrafterTask(Task):
         pairs, total = self._pairs(batch), torch.zeros((), device=self.device)
         logs: dict[str, float | Tensor] = {}
         with torch.no_grad():
-            target_logits = self.target.features_to_logits(pairs.targets) if self.options.token_weight else None
+            target_logits = (
+                self.target.features_to_logits(pairs.targets) if self.options.token_weight else None
+            )
         for step, predicted in enumerate(self._unrolled(self.model, pairs, self.options.num_steps)):
             losses = self._losses(predicted, pairs, batch, target_logits, step)
             total = total + self.options.step_decay**step * sum(losses.values(), start=torch.zeros(()))
@@ -210,7 +218,9 @@ class DrafterTask(Task):
         for name in ("codebook_size", "num_tokens"):
             ours, theirs = getattr(self.model, name), getattr(self.target, name)
             if ours != theirs:
-                raise ValueError(f"{name} of the drafter is {ours}, that of {type(self.target).__name__} {theirs}")
+                raise ValueError(
+                    f"{name} of the drafter is {ours}, that of {type(self.target).__name__} {theirs}"
+                )
         if self.model.config["dim"] != self.target.config["dim"]:
             raise ValueError(
                 f"dim of the drafter is {self.model.config['dim']}, that of {type(self.target).__name__} "

@@ -156,7 +156,9 @@ class TargetShards:
 
     def rows(self, chosen: Tensor) -> TargetImages:
         """Images by number `[b]`."""
-        found = [self.shards[i // self.size].rows(slice(i % self.size, i % self.size + 1)) for i in chosen.tolist()]
+        found = [
+            self.shards[i // self.size].rows(slice(i % self.size, i % self.size + 1)) for i in chosen.tolist()
+        ]
         names = ("indices", "features", "law_tokens", "law_probs")
         return TargetImages(*(torch.cat([getattr(one, name) for one in found]) for name in names))
 
@@ -183,7 +185,10 @@ def load_or_make(making: Making, condition: Tensor, folder: Path, images_per_sha
     starts = range(0, len(condition), images_per_shard)
     for number, start in enumerate(tqdm(starts, desc="images of the target", unit="shard")):
         rows = condition[start : start + images_per_shard]
-        origin = shared | {"first": str(start), "condition": hashlib.sha256(rows.numpy().tobytes()).hexdigest()}
+        origin = shared | {
+            "first": str(start),
+            "condition": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        }
         files.append(folder / f"shard-{number:05}.safetensors")
         if not _is_made(files[-1], origin):
             tensors = _shard(making, rows, start)
@@ -238,7 +243,9 @@ def make_conditions(target: NextTokenGenerator, prompts: Path | None, count: int
             f"{type(target).__name__} reads features of texts; drafters are trained for targets of classes or of plain texts"
         )
     if prompts is None:
-        raise ValueError("a target that reads texts needs prompts: the emoji set's folder or a file with one in every line")
+        raise ValueError(
+            "a target that reads texts needs prompts: the emoji set's folder or a file with one in every line"
+        )
     chance = random.Random(seed)
     texts = _emoji_texts(prompts, count, chance) if prompts.is_dir() else _file_texts(prompts, count, chance)
     longest: int = target.config["text_length"]

@@ -67,7 +67,9 @@ def drafter_for(target: NextTokenGenerator, **changes) -> EagleDrafter:
     return _random(EagleDrafter(**sizes | changes))
 
 
-def draw(target: NextTokenGenerator, condition: Tensor, drafter: object, seeds: list[int], **options) -> Speculation:
+def draw(
+    target: NextTokenGenerator, condition: Tensor, drafter: object, seeds: list[int], **options
+) -> Speculation:
     return generate_speculative(
         target,
         condition,

@@ -39,7 +39,9 @@ def anole_weights() -> dict[str, Tensor]:
         "layers.0.mlp.down_proj.weight": (16, 24),
     }
     shapes |= {f"layers.0.self_attn.{part}_proj.weight": (16, 16) for part in "qkvo"}
-    shapes |= {f"layers.0.self_attn.{part}_norm.{kind}": (2, 8) for part in "qk" for kind in ("weight", "bias")}
+    shapes |= {
+        f"layers.0.self_attn.{part}_norm.{kind}": (2, 8) for part in "qk" for kind in ("weight", "bias")
+    }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -97,9 +99,7 @@ def test_foreign_and_missing_weights_are_listed() -> None:
 
 def test_the_grid_follows_from_the_input_type() -> None:
     with torch.device("meta"):
-        found = {
-            kind: build_drafter(DRAFTER | {"input_type": kind}) for kind in ("t2i", "t2i2", "c2i")
-        }
+        found = {kind: build_drafter(DRAFTER | {"input_type": kind}) for kind in ("t2i", "t2i2", "c2i")}
     assert {kind: (net.num_tokens, net.prefix_length) for kind, net in found.items()} == {
         "t2i": (256, 119),
         "t2i2": (1024, 119),

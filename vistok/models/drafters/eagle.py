@@ -143,7 +143,9 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both defin
         else:
             rotation = self.rotation(positions)
         for i, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states, rotation, mask, cache.layers[i] if cache is not None else None)
+            hidden_states = block(
+                hidden_states, rotation, mask, cache.layers[i] if cache is not None else None
+            )
         return hidden_states
 
     def rotation(self, positions: Tensor) -> Rotation:

@@ -458,7 +458,7 @@ class TextPrefix(nn.Module):
         return TextFeatures(self.null(len(text)).features.to(keep.device), keep)
 
 
-class LlamaGen(GridTransformer, NextTokenGenerator):
+class LlamaGen(GridTransformer, NextTokenGenerator):  # type: ignore[misc]  # as for Generator
     """What both kinds of conditioning share: next token, one head."""
 
     def __init__(self, options: GridOptions, prefix: ClassPrefix | TextPrefix) -> None:

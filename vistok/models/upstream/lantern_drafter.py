@@ -48,7 +48,9 @@ def build_model(config: Mapping[str, Any]) -> EagleDrafter:
     Raises:
         ValueError: the configuration lacks an entry, or was never published.
     """
-    if config.get("num_key_value_heads", config.get("num_attention_heads")) != config.get("num_attention_heads"):
+    if config.get("num_key_value_heads", config.get("num_attention_heads")) != config.get(
+        "num_attention_heads"
+    ):
         raise ValueError("the published drafters have as many heads of keys as of queries")
     common = {
         **sizes(config),

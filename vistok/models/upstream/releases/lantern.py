@@ -69,7 +69,5 @@ LANTERN_DRAFTERS = [
     _drafter(
         "lantern-drafter-llamagen-512", "jadohu/llamagen2_drafter", 44_567_040, XL | {"input_type": "t2i2"}
     ),
-    _drafter(
-        "lantern-drafter-anole", "jadohu/anole_drafter", 504_393_728, ANOLE | {"input_type": "anole"}
-    ),
+    _drafter("lantern-drafter-anole", "jadohu/anole_drafter", 504_393_728, ANOLE | {"input_type": "anole"}),
 ]
