@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ("--num-images", 4, "--batches", "1,2", "--repeats", 1, "--device", "cpu")
+SMALL = ("--num-images", 4, "--batches", "1,2", "--repeats", 1, "--device", "cpu", "--lantern-k", "3")
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,7 @@ def own_drafter(pipeline: ImagePipeline) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def fastest(pipeline: ImagePipeline) -> SpeculativeDecoding | None:
+def fastest(pipeline: Any) -> SpeculativeDecoding | None:
     """Lossless speculation with the pipeline's own drafter where that is faster than plain decoding, else `None`.
 
     It is measured once for each model, device, precision and number of threads, with one image, and remembered in a
@@ -88,7 +88,7 @@ def fastest(pipeline: ImagePipeline) -> SpeculativeDecoding | None:
     path, key = home_folder() / "speculation.json", _situation(pipeline)
     known: dict[str, bool] = json.loads(path.read_text()) if path.is_file() else {}
     if key not in known:
-        draw = partial(pipeline, PROBE[type(pipeline).__name__], output_type="tokens")
+        draw: Callable[..., Any] = partial(pipeline, PROBE[type(pipeline).__name__], output_type="tokens")
         known[key] = is_faster(partial(draw, speculation=decoding), draw)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as unfinished:

@@ -24,7 +24,7 @@ from vistok.eval.neighbours import Share
 from vistok.eval.speculative_methods import NamedDrafter, NamedRule
 from vistok.eval.speculative_subject import BATCH_SIZE, Judge, Quality, Subject
 from vistok.eval.timing import median_seconds
-from vistok.eval.token_laws import WatchedRule, uniformity, variation
+from vistok.eval.token_laws import LawCheck, WatchedRule, variation
 from vistok.files import atomic_path
 from vistok.models.identity import model_identity
 from vistok.pipelines.speculation import SpeculativeDecoding
@@ -42,7 +42,7 @@ class PlainRow:
     """All images, drawn plainly."""
 
     first_seed: int
-    p_value: float  # that the tokens follow the generator, see `uniformity`
+    laws: LawCheck
     quality: Quality | None
 
 
@@ -68,7 +68,7 @@ class Row:
         is_lossless: whether the rule promises the law of plain decoding.
         tokens_per_pass: drawn per pass of the generator, over all images; plain decoding has 1.0.
         passes_saved: share of the generator's passes, the prefix not counted.
-        p_value: that the tokens follow the generator, see `uniformity`.
+        laws: whether the tokens follow the generator.
         mean_variation, largest_variation: of relaxed rules, over nodes, see `variation`.
         quality: of the images; `None` if nothing was given to compare with.
         timings: per batch size.
@@ -82,7 +82,7 @@ class Row:
     is_lossless: bool
     tokens_per_pass: float
     passes_saved: float
-    p_value: float
+    laws: LawCheck
     mean_variation: float | None
     largest_variation: float | None
     quality: Quality | None
@@ -218,11 +218,12 @@ def read_report(path: Path, protocol: Protocol) -> Report | None:
             f"{path.parent} holds a measurement with other {', '.join(different)}, with which this one cannot be "
             "compared; choose another folder"
         )
-    plain = [PlainRow(**{**row, "quality": _quality(row["quality"])}) for row in stored["plain"]]
+    plain = [PlainRow(row["first_seed"], LawCheck(**row["laws"]), _quality(row["quality"])) for row in stored["plain"]]
     rows = [
         Row(
             **{
                 **row,
+                "laws": LawCheck(**row["laws"]),
                 "quality": _quality(row["quality"]),
                 "timings": [Timing(**timing) for timing in row["timings"]],
             }
@@ -248,7 +249,7 @@ def _measure_plain(subject: Subject, judge: Judge | None, first_seed: int) -> Pl
     parts = tqdm(subject.batches(len(subject), BATCH_SIZE), desc="plain decoding", unit="batch", leave=False)
     tokens = concatenate([subject.plain(part, first_seed) for part in parts])
     quality = None if judge is None else judge(subject, tokens, f"plain, seeds from {first_seed}")
-    return PlainRow(first_seed, uniformity(subject.places(tokens)), quality)
+    return PlainRow(first_seed, subject.check_laws(tokens), quality)
 
 
 def _measure(
@@ -271,7 +272,7 @@ def _measure(
         is_lossless=rule.rule.is_lossless,
         tokens_per_pass=num_drawn / num_passes,
         passes_saved=1 - num_passes / num_drawn,
-        p_value=uniformity(subject.places(tokens)),
+        laws=subject.check_laws(tokens),
         mean_variation=sum(variations) / len(variations) if variations else None,
         largest_variation=max(variations, default=None),
         quality=None if judge is None else judge(subject, tokens, title),

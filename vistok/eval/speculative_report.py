@@ -123,7 +123,7 @@ def _plain_cells(row: PlainRow, num_batches: int) -> list[str]:
         "1.00",
         "0 %",
         *["1.00"] * num_batches,
-        _p_value(row.p_value),
+        _p_value(row.laws.p_value),
         NOTHING,
         *_quality(row.quality),
     ]
@@ -138,7 +138,7 @@ def _cells(row: Row) -> list[str]:
         f"{row.tokens_per_pass:.2f}",
         f"{100 * row.passes_saved:.0f} %",
         *(f"{timing.speed_up:.2f}" for timing in row.timings),
-        _p_value(row.p_value),
+        _p_value(row.laws.p_value),
         NOTHING if mean is None or largest is None else f"{mean:.3f}, at most {largest:.3f}",
         *_quality(row.quality),
     ]

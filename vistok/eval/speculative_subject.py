@@ -20,7 +20,7 @@ from vistok.eval.features import FeatureExtractor, load_extractor
 from vistok.eval.fid import FeatureSet, compare_features, extract_features
 from vistok.eval.generator_measures import all_tokens, balanced_labels, decode
 from vistok.eval.neighbours import Share
-from vistok.eval.token_laws import places_in_laws, token_laws
+from vistok.eval.token_laws import LawCheck, check_laws
 from vistok.eval.watermark import drawn_emoji
 from vistok.files import atomic_path
 from vistok.hub import load, load_tokenizer
@@ -85,18 +85,10 @@ class Subject:
             on_step=lambda step, tokens: None,
         )
 
-    def places(self, tokens: Tokens) -> Tensor:
-        """Where the tokens of all images lie in the generator's laws, `[n t]`; see `places_in_laws`."""
-        uniforms = (
-            ImageStreams.from_seeds(range(len(self))).uniform(self.model.num_tokens).to(self.model.device)
-        )
-        found = []
-        for images in self.batches(len(self), BATCH_SIZE):
-            rows = slice(images.start, images.stop)
-            indices = tokens.data[rows].to(self.model.device)
-            laws = token_laws(self.model, self.conditions[rows], indices, self.settings)
-            found.append(places_in_laws(laws, indices, uniforms[rows]))
-        return torch.cat(found)
+    def check_laws(self, tokens: Tokens) -> LawCheck:
+        """Whether the tokens of all images follow the generator."""
+        indices = tokens.data.to(self.model.device)
+        return check_laws(self.model, self.conditions, indices, self.settings, batch_size=BATCH_SIZE)
 
 
 @dataclass(frozen=True)

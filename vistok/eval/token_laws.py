@@ -9,6 +9,7 @@ together, and at every position, without counting images that are all different.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -68,6 +69,51 @@ def places_in_laws(laws: Tensor, indices: Tensor, uniforms: Tensor) -> Tensor:
     before = laws.double().masked_fill(laws <= own, 0.0).sum(dim=-1)
     equal = laws.double().masked_fill(laws != own, 0.0).sum(dim=-1)  # equally probable ids share an interval
     return (before + uniforms.double() * equal).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class LawCheck:
+    """How the tokens of images compare with the laws that they should follow.
+
+    Args:
+        p_value: that they follow them, see `uniformity`.
+        entropy: of the laws that were met, in bits, mean over all tokens.
+        certain_share: of the tokens, those that had to be what they are: their law has no other.
+    """
+
+    p_value: float
+    entropy: float
+    certain_share: float
+
+
+def check_laws(
+    model: NextTokenGenerator,
+    condition: Tensor,
+    indices: Tensor,
+    settings: OrderedSettings,
+    *,
+    batch_size: int,
+    seed: int = 0,
+) -> LawCheck:
+    """Whether the tokens of images follow the generator.
+
+    Args:
+        model, condition, indices, settings: see `token_laws`.
+        batch_size: images that are read at a time.
+        seed: of the places within the tokens' intervals.
+    """
+    uniforms = torch.rand(indices.shape, generator=torch.Generator().manual_seed(seed)).to(indices.device)
+    places, entropies, are_certain = [], [], []
+    for rows in torch.arange(len(indices)).split(batch_size):
+        laws = token_laws(model, condition[rows], indices[rows], settings)
+        places.append(places_in_laws(laws, indices[rows], uniforms[rows]))
+        entropies.append(torch.special.entr(laws).sum(dim=-1) / math.log(2))
+        are_certain.append((laws > 0).sum(dim=-1) == 1)
+    return LawCheck(
+        p_value=uniformity(torch.cat(places)),
+        entropy=float(torch.cat(entropies).mean()),
+        certain_share=float(torch.cat(are_certain).double().mean()),
+    )
 
 
 def uniformity(places: Tensor) -> float:

@@ -42,17 +42,17 @@ class ClassGeneratorOptions:
 class Objective(Protocol):
     """What differs between kinds of generators: what a batch draws besides its tokens, the loss, the measure."""
 
-    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def draw(self, tokens: Tensor, generator: torch.Generator, /) -> tuple[Tensor, ...]:
         """What the loss needs besides labels and tokens, rows first."""
         ...
 
     def loss(
-        self, model: Any, labels: Tensor, tokens: Tensor, *drawn: Tensor
+        self, model: Any, labels: Tensor, tokens: Tensor, /, *drawn: Tensor
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Scalar loss and what to log beside it."""
         ...
 
-    def measure(self, model: Any, labels: Tensor, tokens: Tensor, *drawn: Tensor) -> dict[str, Tensor]:
+    def measure(self, model: Any, labels: Tensor, tokens: Tensor, /, *drawn: Tensor) -> dict[str, Tensor]:
         """Held-out losses per image `[b]`; of codes in nats per token."""
         ...
 

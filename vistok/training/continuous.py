@@ -7,6 +7,7 @@ used it is drawn anew, as in MAR (Li et al. 2024) and xAR (Ren et al. 2025).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,16 +46,16 @@ class ContinuousObjective:
         return tokens, *self.draw_more(tokens, generator)
 
     def loss(
-        self, model: XAR | MAR, labels: Tensor, posterior: Tensor, tokens: Tensor, *drawn: Tensor
+        self, model: Any, labels: Tensor, posterior: Tensor, *drawn: Tensor
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The loss of the family; nothing is logged beside it."""
-        return self.loss_of(model, tokens, labels, *drawn), {}
+        tokens, *more = drawn
+        return self.loss_of(model, tokens, labels, *more), {}
 
-    def measure(
-        self, model: XAR | MAR, labels: Tensor, posterior: Tensor, tokens: Tensor, *drawn: Tensor
-    ) -> dict[str, Tensor]:
+    def measure(self, model: Any, labels: Tensor, posterior: Tensor, *drawn: Tensor) -> dict[str, Tensor]:
         """The loss of the family, once per image `[b]`."""
-        return {self.name: self.loss_of(model, tokens, labels, *drawn).expand(len(labels))}
+        tokens, *more = drawn
+        return {self.name: self.loss_of(model, tokens, labels, *more).expand(len(labels))}
 
 
 def flow_objective(model: XAR) -> ContinuousObjective:

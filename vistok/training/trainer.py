@@ -43,6 +43,7 @@ class Task(Protocol):
 
     def finish(self, model: Any) -> None:
         """Set what the trained `model` should know of its data before it is saved; nothing by default."""
+        return
 
 
 def train(task: Task, recipe: Recipe, folder: Path, *, device: torch.device) -> dict[str, float]:
