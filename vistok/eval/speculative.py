@@ -218,7 +218,10 @@ def read_report(path: Path, protocol: Protocol) -> Report | None:
             f"{path.parent} holds a measurement with other {', '.join(different)}, with which this one cannot be "
             "compared; choose another folder"
         )
-    plain = [PlainRow(row["first_seed"], LawCheck(**row["laws"]), _quality(row["quality"])) for row in stored["plain"]]
+    plain = [
+        PlainRow(row["first_seed"], LawCheck(**row["laws"]), _quality(row["quality"]))
+        for row in stored["plain"]
+    ]
     rows = [
         Row(
             **{

@@ -112,13 +112,9 @@ def with_tree(drafter: Any, name: str) -> Drafter:
     if name == DEFAULT:
         return drafter
     tree = parse_tree(name)
-    is_static = isinstance(tree, TreeShape)
-    if isinstance(drafter, JacobiDrafter) and is_static and max(tree.num_children) == 1:
-        return JacobiDrafter(tree.depth, coupled=drafter.coupled, opening=drafter.opening)
-    if isinstance(drafter, RecyclingDrafter) and is_static:
-        return RecyclingDrafter(tree, num_successors=drafter.num_successors, successors=drafter.successors)
-    if isinstance(drafter, NeighbourDrafter) and is_static:
-        return NeighbourDrafter(tree, drafter.neighbours)
+    found = _static(drafter, tree) if isinstance(tree, TreeShape) else None
+    if found is not None:
+        return found
     if isinstance(drafter, EagleTreeDrafter) and isinstance(tree, TreeShape | DynamicTreeParams):
         return replace(drafter, tree=tree)
     if isinstance(drafter, IndependentDrafter | EarlyExitDrafter) and not isinstance(tree, DynamicTreeParams):
@@ -126,6 +122,17 @@ def with_tree(drafter: Any, name: str) -> Drafter:
     raise ValueError(
         f"the drafter {TITLES.get(type(drafter), type(drafter).__name__)!r} cannot draft {name!r}"
     )
+
+
+def _static(drafter: Any, tree: TreeShape) -> Drafter | None:
+    """A drafter without a network, with another shape; `None` for others, and for a window that is no chain."""
+    if isinstance(drafter, JacobiDrafter) and max(tree.num_children) == 1:
+        return JacobiDrafter(tree.depth, coupled=drafter.coupled, opening=drafter.opening)
+    if isinstance(drafter, RecyclingDrafter):
+        return RecyclingDrafter(tree, num_successors=drafter.num_successors, successors=drafter.successors)
+    if isinstance(drafter, NeighbourDrafter):
+        return NeighbourDrafter(tree, drafter.neighbours)
+    return None
 
 
 def named_drafters(text: str, target: NextTokenGenerator) -> list[NamedDrafter]:

@@ -109,7 +109,7 @@ def _page(report: Report, picture: str) -> str:
         "",
         *table(["Drafter", "Tree", "Rule", *(f"Batch {size}" for size in batch_sizes)], passes, num_labels=3),
         "",
-        *_notes(report.protocol),
+        *_notes(report.protocol, report.plain),
     ]
     return "\n".join(lines) + "\n"
 
@@ -161,7 +161,7 @@ def _quality(quality: Quality | None) -> list[str]:
     return [share, f"{quality.frechet_distance:.2f}"]
 
 
-def _notes(protocol: Protocol) -> list[str]:
+def _notes(protocol: Protocol, plain: list[PlainRow]) -> list[str]:
     sampling = ", ".join(f"{name} {value}" for name, value in protocol.sampling.items())
     threads = f"{protocol.num_threads} thread{'s' if protocol.num_threads != 1 else ''}"
     quality = (
@@ -169,6 +169,9 @@ def _notes(protocol: Protocol) -> list[str]:
     )
     return [
         f"- Images: {protocol.num_images}, of {protocol.num_tokens} tokens each; {sampling}; {protocol.dtype}.",
+        f"- The generator's distributions: {_mean([row.laws.entropy for row in plain]):.2f} bits, mean over the tokens of "
+        f"plain decoding; of {100 * _mean([row.laws.certain_share for row in plain]):.0f} % of the tokens there was no "
+        "choice.",
         f"- Plain decoding: {NUM_PLAIN} times with other seeds each; how far these rows are apart is what chance does.",
         "- Tokens per pass: over all images, the first token, which the condition gives, not counted. A pass reads the "
         "tree with both branches of guidance. In a batch every image goes on at its own pace, and the batch takes as many "
@@ -186,3 +189,7 @@ def _notes(protocol: Protocol) -> list[str]:
         f"- Generator {protocol.generator}, tokenizer {protocol.tokenizer}.",
         f"- Machine: {protocol.machine}; vistok {protocol.vistok}.",
     ]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

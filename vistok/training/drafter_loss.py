@@ -1,6 +1,6 @@
-"""Losses of an EAGLE drafter (Li et al. 2024, "EAGLE", section 4.2; Jang et al. 2024, "LANTERN"), and its unrolling over
-several steps, in which it reads its own predictions as it does when it drafts (Zhang et al. 2024, "HASS", section 3.2; Li
-et al. 2025, "EAGLE-3", section 3.2).
+"""Losses of an EAGLE drafter (Li et al. 2024, "EAGLE"; Jang et al. 2024, "LANTERN"), and its unrolling over several
+steps, in which it reads its own predictions as it does when it drafts (Zhang et al. 2024, "HASS"; Li et al. 2025,
+"EAGLE-3").
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from vistok.decoding.speculative.tree import TreeShape
 from vistok.decoding.streams import ImageStreams
 from vistok.models.drafters.early_exit import EarlyExitAdapter
 
-NUM_IMAGES, LABEL = 8000, 1
+NUM_IMAGES, LABEL = 4000, 1
 TREE = TreeShape.from_counts([[2], [2, 1], [1, 0, 1]])
 
 

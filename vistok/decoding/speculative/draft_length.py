@@ -147,8 +147,12 @@ class ChainDrafting:
     rate: Tensor
     takes_best: bool = False
 
+    @property
+    def max_nodes(self) -> int:
+        return self.length.longest
+
     def grow(self, roots: Tensor, root_probs: Tensor, expand: Expand, streams: UniformSource) -> DraftTree:
-        uniforms = streams.uniform(self.length.longest).to(root_probs.device)  # as many whatever is drafted
+        uniforms = streams.uniform(self.max_nodes).to(root_probs.device)  # as many whatever is drafted
         tokens, laws = [roots], [root_probs]
         exists = [torch.ones_like(roots, dtype=torch.bool)]
         goes_on, level = exists[0], None

@@ -1,4 +1,4 @@
-"""Drafting with an EAGLE network (Li et al. 2024, "EAGLE", section 4.1; "EAGLE-2"; Jang et al. 2024, "LANTERN").
+"""Drafting with an EAGLE network (Li et al. 2024, "EAGLE" and "EAGLE-2"; Jang et al. 2024, "LANTERN").
 
 The network runs on both branches of guidance, with the same tokens; the head of the target turns its predictions into
 logits, which are guided and filtered as the target's are. Keys of what the target has read are kept, those of a tree are

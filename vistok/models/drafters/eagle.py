@@ -1,5 +1,5 @@
 """EAGLE: a drafter that predicts the next feature of its target from the last feature and the token drawn after it
-(Li et al. 2024, "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty", section 4.1), as LANTERN uses it
+(Li et al. 2024, "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty"), as LANTERN uses it
 for images (Jang et al. 2024).
 
 A feature is what the head of the target reads. Position j of the drafter holds the feature of the target's position j and

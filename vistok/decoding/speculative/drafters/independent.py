@@ -65,18 +65,17 @@ class IndependentSession:
     def __init__(self, model: NextTokenGenerator, tree: TreeShape | DraftLength, start: DraftStart) -> None:
         self.model = model
         self.tree = tree
-        self.max_nodes = tree.num_nodes - 1 if isinstance(tree, TreeShape) else tree.longest
         self.target_sampling = start.sampling
         self.start = replace(start, sampling=drafter_sampling(start.sampling))
         device = start.reading.logits.device
         self.acceptance = AcceptanceRate.unknown(start.batch_size, device)
+        self.max_nodes = self._drafting().max_nodes
         self.cache = model.new_cache(len(start.reading.logits), start.num_tokens)
         model.read_prefix(start.condition.to(device), self.cache)
         self.cache.split_rows()
         self.num_passes = 1
-        self.unread: Tensor | None = (
-            None  # [b m], accepted tokens and the root; None until the first root is drawn
-        )
+        # [b m], accepted tokens and the root; None until the first root is drawn.
+        self.unread: Tensor | None = None
         self.counts = torch.ones(start.batch_size, dtype=torch.int64, device=device)
 
     def propose(self, roots: Tensor, num_committed: Tensor, streams: UniformSource) -> DraftTree:

@@ -105,7 +105,8 @@ class NeighbourSession:
 
     def _copies(self, line: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Different tokens of the neighbours of `place [b]`, `[b count]`, and whether there are so many."""
-        tokens, exists = [], []
+        tokens: list[Tensor] = []
+        exists: list[Tensor] = []
         for up, left in self.offsets:
             row, column = place // self.width - up, place % self.width - left
             is_inside = (row >= 0) & (column >= 0) & (column < self.width)
