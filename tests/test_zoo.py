@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import vistok
+from vistok.hub import load_drafter
+from vistok.pipelines.base import DRAFTER_FOLDER
+from vistok.pipelines.speculation import SpeculativeDecoding
 from vistok.zoo import shipped
 
 
@@ -36,3 +39,13 @@ def test_the_tokenizer_gives_a_shipped_picture_back(pipeline):
     tokenizer = pipeline.tokenizer
     error = (tokenizer.decode(tokenizer.encode(images)).float() - images).square().mean()
     assert 10 * torch.log10(4 / error) > 20
+
+
+def test_a_shipped_drafter_drafts(pipeline):
+    """With it the tokens come in fewer passes than without, and greedy ones are those of plain decoding."""
+    drafter = load_drafter(f"{pipeline.config['_name_or_path']}/{DRAFTER_FOLDER}", pipeline.transformer)
+    options = {"seed": 0, "output_type": "tokens"}
+    drafted = pipeline("red apple", speculation=SpeculativeDecoding(drafter), **options)
+    assert drafted.statistics.target_passes < 0.8 * pipeline.transformer.num_tokens
+    greedy = pipeline("red apple", top_k=1, speculation=SpeculativeDecoding(drafter), **options)
+    assert torch.equal(greedy.images.data, pipeline("red apple", top_k=1, **options).images.data)

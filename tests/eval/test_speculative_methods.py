@@ -87,6 +87,10 @@ def test_drafters_by_name(target, small, tmp_path) -> None:
     assert [(one.name, one.tree) for one in chosen] == [("small generator", "chain-2")]
     assert chosen[0].num_parameters == sum(weight.numel() for weight in small.parameters())
     assert chosen[0].network.startswith("LlamaGenClass-")
+    small.save_pretrained(tmp_path / "a@b" / "small")
+    assert len(named_drafters(str(tmp_path / "a@b" / "small"), target)) == len(
+        DEFAULT_TREES[IndependentDrafter]
+    )
     (jacobi,) = named_drafters("jacobi@chain-5", target)
     assert jacobi.drafter.window == 5 and (jacobi.network, jacobi.num_parameters) == ("", 0)
     assert tuple(one.tree for one in named_drafters("jacobi", target)) == DEFAULT_TREES[JacobiDrafter]

@@ -173,7 +173,14 @@ def generate(
     )
     needs_plain = preview is not None or mark is not None or bool(kept)
     speculation = choose_speculation(
-        pipeline, decoding, drafter, accept, lantern_k, lantern_delta, needs_plain=needs_plain
+        pipeline,
+        decoding,
+        drafter,
+        accept,
+        lantern_k,
+        lantern_delta,
+        num_images=len(labels),
+        needs_plain=needs_plain,
     )
     loaded = time.perf_counter()
     result = draw(speculation=speculation)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from vistok.pipelines.speculation import SpeculativeDecoding
 
 DECODINGS = ("auto", "plain", "speculative")
-DRAFTER_FOLDER = "drafter"  # in the folder of a pipeline that comes with a trained one
 TRIALS = 3
 PROBE = {"TextToImagePipeline": "red apple", "ClassToImagePipeline": 0}  # what is drawn to measure
 
@@ -28,6 +27,7 @@ def choose_speculation(
     k: int | None,
     delta: float | None,
     *,
+    num_images: int,
     needs_plain: bool,
 ) -> SpeculativeDecoding | None:
     """How to decode, by the options of `vistok generate`; `None` is plainly.
@@ -36,6 +36,7 @@ def choose_speculation(
         pipeline: the model.
         decoding: one of DECODINGS.
         drafter, accept, k, delta: see `make_speculation`.
+        num_images: that are drawn at once; the more, the less a pass is bound by reading weights.
         needs_plain: whether the call asks for something that "auto" must not speculate about.
 
     Raises:
@@ -47,7 +48,7 @@ def choose_speculation(
         return make_speculation(pipeline, drafter, accept, k, delta)
     if drafter is not None or accept != "strict" or k is not None or delta is not None:
         raise ValueError("--drafter, --accept and --lantern-* need --decoding speculative")
-    return None if decoding == "plain" or needs_plain else fastest(pipeline)
+    return None if decoding == "plain" or needs_plain else fastest(pipeline, num_images)
 
 
 def make_speculation(
@@ -70,25 +71,27 @@ def make_speculation(
 
 def own_drafter(pipeline: ImagePipeline) -> Path | None:
     """The folder of the trained drafter that the pipeline came with, if there is one."""
+    from vistok.pipelines.base import DRAFTER_FOLDER
+
     folder = Path(str(pipeline.config.get("_name_or_path") or "")) / DRAFTER_FOLDER
     return folder if (folder / "config.json").is_file() else None
 
 
-def fastest(pipeline: Any) -> SpeculativeDecoding | None:
+def fastest(pipeline: Any, num_images: int) -> SpeculativeDecoding | None:
     """Lossless speculation with the pipeline's own drafter where that is faster than plain decoding, else `None`.
 
-    It is measured once for each model, device, precision and number of threads, with one image, and remembered in a
-    file.
+    It is measured once for each model, device, precision, number of threads and of images, and remembered in a file.
     """
     from vistok.files import atomic_path, home_folder
 
     if own_drafter(pipeline) is None:
         return None
     decoding = make_speculation(pipeline, None, "strict", None, None)
-    path, key = home_folder() / "speculation.json", _situation(pipeline)
+    path, key = home_folder() / "speculation.json", _situation(pipeline, num_images)
     known: dict[str, bool] = json.loads(path.read_text()) if path.is_file() else {}
     if key not in known:
-        draw: Callable[..., Any] = partial(pipeline, PROBE[type(pipeline).__name__], output_type="tokens")
+        probe = [PROBE[type(pipeline).__name__]] * num_images
+        draw: Callable[..., Any] = partial(pipeline, probe, output_type="tokens")
         known[key] = is_faster(partial(draw, speculation=decoding), draw)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as unfinished:
@@ -106,7 +109,7 @@ def is_faster(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
     return first < second
 
 
-def _situation(pipeline: ImagePipeline) -> str:
+def _situation(pipeline: ImagePipeline, num_images: int) -> str:
     """What the choice depends on, as text."""
     import torch
 
@@ -115,9 +118,8 @@ def _situation(pipeline: ImagePipeline) -> str:
 
     device = pipeline.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    threads = f"{torch.get_num_threads()} threads"
-    dtype = str(pipeline.transformer.dtype)
-    return " ".join([model_identity(pipeline.transformer), vistok.__version__, where, dtype, threads])
+    facts = f"{pipeline.transformer.dtype}, {torch.get_num_threads()} threads, {num_images} images"
+    return f"{model_identity(pipeline.transformer)}, vistok {vistok.__version__}, {where}, {facts}"
 
 
 def statistics_of(statistics: SpeculationStatistics | None) -> dict[str, Any] | None:

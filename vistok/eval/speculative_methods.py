@@ -141,7 +141,9 @@ def named_drafters(text: str, target: NextTokenGenerator) -> list[NamedDrafter]:
     Raises:
         ValueError, FileNotFoundError: the name is unknown, or the tree is, or they do not go together.
     """
-    name, _, tree = text.partition("@")
+    name, _, tree = text.rpartition("@")
+    if not name or "/" in tree:  # no tree, or the @ is in a folder's name
+        name, tree = text, ""
     drafter: Any = load_drafter(name, target)
     network = next(
         (getattr(drafter, part) for part in ("network", "model", "adapter") if hasattr(drafter, part)), None

@@ -35,6 +35,7 @@ from vistok.tokens import Tokens
 # diffusers' list of libraries that parts of a pipeline come from: model_index.json then names ours as "vistok".
 LOADABLE_CLASSES["vistok"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
+DRAFTER_FOLDER = "drafter"  # in the folder of a pipeline that comes with a trained drafter
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
 StepEnd = Callable[["ImagePipeline", int, int, dict[str, Any]], object]  # what it returns is not used
 

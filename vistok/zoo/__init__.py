@@ -29,12 +29,11 @@ def shipped() -> dict[str, ShippedModel]:
     """All shipped models by name: `emoji-64` is a pipeline, `emoji-64/tokenizer` the tokenizer inside it."""
     found = {}
     for index in sorted(ZOO.glob("*/model_index.json")):
-        folder, parts = index.parent, json.loads(index.read_text())
+        folder, pipeline_class = index.parent, json.loads(index.read_text())["_class_name"]
         facts_file = folder / "facts.json"
         facts = json.loads(facts_file.read_text()) if facts_file.exists() else {}
-        found[folder.name] = ShippedModel(folder.name, folder, parts["_class_name"], facts)
-        for part, entry in parts.items():
-            if isinstance(entry, list) and (folder / part / "config.json").exists():
-                name = f"{folder.name}/{part}"
-                found[name] = ShippedModel(name, folder / part, entry[1], facts)
+        found[folder.name] = ShippedModel(folder.name, folder, pipeline_class, facts)
+        for config in sorted(folder.glob("*/config.json")):
+            name = f"{folder.name}/{config.parent.name}"
+            found[name] = ShippedModel(name, config.parent, json.loads(config.read_text())["_class_name"], facts)
     return found
