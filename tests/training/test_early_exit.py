@@ -10,9 +10,10 @@ import vistok
 from tests.tiny import GENERATOR, save_tiny_pipeline
 from vistok.models.drafters.early_exit import EarlyExitAdapter
 from vistok.training.augment import Augmentation
-from vistok.training.early_exit import EarlyExitOptions, EarlyExitTask
+from vistok.training.early_exit import EarlyExitTask
 from vistok.training.recipe import Optimization, Recipe
 from vistok.training.run import run
+from vistok.training.target_task import TargetOptions
 
 EMOJI = Path(__file__).parent.parent / "data" / "emoji"
 CLASSES = {
@@ -44,7 +45,7 @@ def target(tmp_path_factory) -> str:
 def task_of(target: str, folder: Path, **changes) -> EarlyExitTask:
     torch.manual_seed(0)
     adapter = EarlyExitAdapter(**ADAPTER | changes.pop("model", {}))
-    options = EarlyExitOptions(target, **OPTIONS | changes)
+    options = TargetOptions(target, **OPTIONS | changes)
     return EarlyExitTask(adapter, options, Augmentation(), torch.device("cpu"), folder, seed=0)
 
 

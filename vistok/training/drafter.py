@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from vistok.decoding.sampling import token_probabilities
-from vistok.hub import load
 from vistok.models.drafters.eagle import EagleDrafter
-from vistok.pipelines.settings import OrderedSettings
 from vistok.training.augment import Augmentation
 from vistok.training.drafter_loss import (
     Pairs,
@@ -23,34 +21,16 @@ from vistok.training.drafter_loss import (
     token_loss,
     unrolled,
 )
-from vistok.training.target_data import Making, TargetImages, load_or_make, make_conditions
-from vistok.training.trainer import Task
+from vistok.training.target_data import TargetImages
+from vistok.training.target_task import TargetOptions, TargetTask
 
 EVALUATED_STEPS = 4
-EVALUATION_BATCH = 32
 
 
 @dataclass(frozen=True)
-class DrafterOptions:
+class DrafterOptions(TargetOptions):
     """Data and losses. The release for LlamaGen has `law_weight` 0, `token_weight` 0.1 and `supervise_first` false."""
 
-    target: str  # a trained generator or its pipeline, by the name or folder that `vistok.load` takes
-    prompts: str | None = (
-        None  # of a text target: the emoji set's folder, or a file with one prompt in every line
-    )
-    images: str | None = (
-        None  # folder that keeps what the target made, for several runs; the run's own by default
-    )
-    num_images: int = 5000
-    images_per_shard: int = 256
-    heldout_images: int = 256  # measure on the last so many of them
-    guidance_scale: float | None = (
-        None  # the settings of the pipeline, or plain sampling, where nothing is said
-    )
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    law_size: int = 64  # most tokens of every law that are kept
     feature_weight: float = 1.0  # smooth L1 between features
     token_weight: float = 0.0  # cross-entropy with the target's own law, of each branch of guidance by itself
     law_weight: float = 1.0  # cross-entropy with the law that is verified: guided and filtered
@@ -60,15 +40,12 @@ class DrafterOptions:
     supervise_first: bool = True  # the prediction at the first token, too
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
-        if not 0 < self.heldout_images < self.num_images:
-            raise ValueError(
-                f"heldout_images must be in 1..{self.num_images - 1}, of {self.num_images} images; got {self.heldout_images}"
-            )
 
 
-class DrafterTask(Task):
+class DrafterTask(TargetTask):
     """The drafter learns to predict what its target reads next, and the law of the token after that.
 
     Args:
@@ -92,30 +69,15 @@ class DrafterTask(Task):
         folder: Path,
         seed: int,
     ) -> None:
-        if augmentation != Augmentation():
-            raise ValueError("images of the target are not augmented; leave out the augmentation")
+        super().__init__(options, augmentation, device)
         self.model: Any = model
         self.options = options
-        self.device = device
-        loaded = load(options.target, device=device)
-        self.target = getattr(loaded, "transformer", loaded).requires_grad_(False)
-        self.settings = target_settings(loaded, options)
-        making = Making(self.target, self.settings.fitted(self.target), model.prefix_length, options.law_size)
         self._check_fit()
-        prompts = None if options.prompts is None else Path(options.prompts)
-        conditions = make_conditions(self.target, prompts, options.num_images, seed)
-        images = Path(options.images) if options.images is not None else folder / "images"
-        self.images = load_or_make(making, conditions, images, options.images_per_shard)
-        guidance, order = self.settings.guidance(self.target.order), self.target.order
-        scales = [guidance.at(step, order.num_steps) for step in range(order.num_steps)]
-        self.scales = torch.tensor(scales, device=device)
-        self.is_guided = guidance.scale != 1.0
+        self.make_images(folder, seed, model.prefix_length)
 
     def batch(self, batch_size: int, generator: torch.Generator) -> TargetImages:
         """Images at random."""
-        most = self.options.num_images - self.options.heldout_images
-        chosen = torch.randint(most, (batch_size,), generator=generator)
-        return self.images.rows(chosen).to(self.device)
+        return self.images_at(self.draw_rows(batch_size, generator))
 
     def loss(self, batch: TargetImages) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The weighted losses of all steps, and those of the first."""
@@ -146,7 +108,9 @@ class DrafterTask(Task):
             losses["token_loss"] = options.token_weight * masked_mean(loss, counted)
         if options.law_weight:
             tokens, probs = self._law(batch, pairs)
-            loss = law_loss(self._guided(logits, pairs) / self.settings.temperature, tokens, probs)
+            loss = law_loss(
+                self.guide(logits, self._places(pairs)) / self.settings.temperature, tokens, probs
+            )
             losses["law_loss"] = options.law_weight * masked_mean(loss, counted)
         return losses
 
@@ -170,13 +134,6 @@ class DrafterTask(Task):
         places = torch.arange(pairs.features.shape[1], device=self.device) - self.model.prefix_length + 1
         return places.clamp_min(0)
 
-    def _guided(self, logits: Tensor, pairs: Pairs) -> Tensor:
-        """`[r m v]` -> `[b m v]`"""
-        if not self.is_guided:
-            return logits
-        cond, uncond = logits.chunk(2)
-        return uncond + self.scales[self._places(pairs)][:, None] * (cond - uncond)
-
     def _law(self, batch: TargetImages, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Tokens and probabilities of the true laws, `[b m k]`."""
         places = self._places(pairs)
@@ -190,11 +147,7 @@ class DrafterTask(Task):
         target's: the overlap of both laws (Leviathan et al. 2023, theorem 3.5). `heldout_tokens_per_pass` is what chains of
         `EVALUATED_STEPS` tokens would give, the target's own included.
         """
-        overlaps: list[Tensor] = []
-        options = self.options
-        for start in range(options.num_images - options.heldout_images, options.num_images, EVALUATION_BATCH):
-            chosen = torch.arange(start, min(start + EVALUATION_BATCH, options.num_images))
-            overlaps.append(self._overlaps(model, self.images.rows(chosen).to(self.device)))
+        overlaps = [self._overlaps(model, self.images_at(rows)) for rows in self.heldout_rows()]
         overlap = torch.cat(overlaps, dim=1)  # [t b m]
         measured = {f"heldout_acceptance_{t + 1}": part.mean().item() for t, part in enumerate(overlap)}
         return measured | {"heldout_tokens_per_pass": 1 + overlap.cumprod(dim=0).sum(dim=0).mean().item()}
@@ -207,7 +160,7 @@ class DrafterTask(Task):
         count = pairs.features.shape[1] - self.model.prefix_length - num_steps + 1
         found = []
         for step, predicted in enumerate(self._unrolled(model, pairs, num_steps)):
-            logits = self._guided(self.target.features_to_logits(predicted).float(), pairs)
+            logits = self.guide(self.target.features_to_logits(predicted).float(), self._places(pairs))
             drafted = token_probabilities(logits, self.settings.sampling).gather(-1, tokens)
             first = self.model.prefix_length + step
             found.append(torch.minimum(drafted, probs).sum(dim=-1)[:, first : first + count])
@@ -228,12 +181,3 @@ class DrafterTask(Task):
             )
         if self.model.token_embed is not None:
             self.model.token_embed.weight.data.copy_(self.target.token_embed.weight)
-
-
-def target_settings(loaded: Any, options: Any) -> OrderedSettings:
-    """How the target is sampled: as its pipeline does, but for what the options say under the names of its settings."""
-    names = ("guidance_scale", "temperature", "top_k", "top_p")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if hasattr(loaded, "transformer"):
-        return OrderedSettings(**loaded.sampling_settings(**given))
-    return OrderedSettings(**(asdict(OrderedSettings()) | given))

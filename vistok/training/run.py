@@ -60,9 +60,10 @@ def _drafter_task(recipe: Recipe, device: torch.device, folder: Path) -> Task:
     rest = (recipe.augmentation, device, folder, recipe.seed)
     if recipe.model_class == "EarlyExitAdapter":
         from vistok.models.drafters.early_exit import EarlyExitAdapter
-        from vistok.training.early_exit import EarlyExitOptions, EarlyExitTask
+        from vistok.training.early_exit import EarlyExitTask
+        from vistok.training.target_task import TargetOptions
 
-        data = from_mapping(EarlyExitOptions, recipe.task, "task")
+        data = from_mapping(TargetOptions, recipe.task, "task")
         return EarlyExitTask(_initial(EarlyExitAdapter, recipe), data, *rest)
     if recipe.model_class not in (None, "EagleDrafter"):
         raise ValueError(
