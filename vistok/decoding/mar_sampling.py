@@ -51,7 +51,7 @@ def generate_mar(
     it evaluated are kept in every layer: of the buffer and the decided tokens in the encoder, of these and of
     the undecided positions in the decoder. A cheap evaluation computes anew only the tokens decided since
     then and the positions that are to be decided now; they see each other and, of all the rest, what was
-    kept. How far it is off has not been measured on a trained model.
+    kept. `vistok.eval.continuous_accelerations` measures how far it is off.
 
     Args:
         model: a masked generator of continuous tokens.

@@ -11,6 +11,7 @@ from vistok.eval.rate_distortion_report import DPI, check_plotting
 from vistok.eval.speculative_speed import Measurement, Run, SpeedReport
 from vistok.files import atomic_path
 
+MARKERS = "osD^v<>P*X"
 GOAL = 1.3  # the speed-up for which the tokens per pass are told
 
 
@@ -25,7 +26,10 @@ def write_report(report: SpeedReport, folder: Path) -> None:
 
 
 def _draw(report: SpeedReport, path: Path) -> None:
-    """The cost of a pass, then the speed-up against tokens per pass; lines end where all drafts are accepted."""
+    """The cost of a pass, then the speed-up against tokens per pass; lines end where all drafts are accepted.
+
+    A colour is a drafter, a mark how much it drafts.
+    """
     check_plotting()
     from matplotlib.figure import Figure
 
@@ -41,13 +45,13 @@ def _draw(report: SpeedReport, path: Path) -> None:
             label=_title(measurement),
             markersize=3.5,
         )
-        for number, run in enumerate(measurement.runs):
-            ends = (1, run.num_drafted + 1)
-            style = {"color": f"C{number % 10}", "linewidth": 1}
+        drafters = list(dict.fromkeys(run.drafter for run in measurement.runs))
+        lengths = sorted({run.num_drafted for run in measurement.runs})
+        for run in measurement.runs:
+            ends, marker = (1, run.num_drafted + 1), MARKERS[lengths.index(run.num_drafted) % len(MARKERS)]
+            style = {"color": f"C{drafters.index(run.drafter) % 10}", "linewidth": 1}
             panel.plot(ends, [run.speed_up_at(end) for end in ends], **style)
-            panel.plot(
-                run.tokens_per_pass, run.speed_up, "osD^v<>P*X"[number % 10], label=_name(run), **style
-            )
+            panel.plot(run.tokens_per_pass, run.speed_up, marker, label=_name(run), **style)
         panel.axhline(1, color="0.5", linestyle=":", linewidth=1)
         panel.set_title(_title(measurement), fontsize=9)
         panel.set_xlabel("tokens per pass")
@@ -83,7 +87,9 @@ def _page(report: SpeedReport) -> str:
     ]
     header += ["Tokens to break even", f"Tokens for {GOAL}x", "If all were accepted"]
     costs = [[_title(one), *_pass_cells(one)] for one in report.measurements]
-    counts = [f"{one.num_nodes} nodes" for one in report.measurements[0].passes]
+    counts = [
+        f"{one.num_nodes} node{'s' if one.num_nodes > 1 else ''}" for one in report.measurements[0].passes
+    ]
     threads = f"{report.num_threads} thread{'s' if report.num_threads != 1 else ''}"
     lines = [
         "# When speculative decoding pays",
