@@ -28,7 +28,9 @@ def class_models(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     for name, depth in (("model", 2), ("small", 1)):
         model = vistok.LlamaGenClass(**SIZES, depth=depth, num_classes=10)
-        torch.nn.init.normal_(model.head.weight, std=0.2)  # it begins with zeros, which predict all tokens alike
+        torch.nn.init.normal_(
+            model.head.weight, std=0.2
+        )  # it begins with zeros, which predict all tokens alike
         model.save_pretrained(tmp_path / name)
     save_tiny_tokenizer(tmp_path / "tokenizer")
     save_tiny_cifar10(tmp_path / "cifar10")
@@ -65,9 +67,7 @@ def test_a_class_conditional_pair(class_models: Path) -> None:
         assert [timing.batch_size for timing in row.timings] == [1, 4]
         assert all(timing.speed_up == timing.plain_seconds / timing.seconds for timing in row.timings)
         assert all(timing.target_passes <= NUM_TOKENS - 1 for timing in row.timings)
-    assert all(
-        row.tokens_per_pass > 1.2 for row in report.rows[-2:]
-    )
+    assert all(row.tokens_per_pass > 1.2 for row in report.rows[-2:])
     assert report.rows[-1].mean_variation > 0.01
     assert all(timing.draft_passes > timing.target_passes for timing in report.rows[-1].timings)
     assert [row.first_seed for row in report.plain] == [0, 12, 24]

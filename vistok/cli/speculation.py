@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 DECODINGS = ("auto", "plain", "speculative")
 TRIALS = 3
 PROBE = {"TextToImagePipeline": "red apple", "ClassToImagePipeline": 0}  # what is drawn to measure
+
+logger = logging.getLogger(__name__)
 
 
 def choose_speculation(
@@ -81,22 +84,32 @@ def fastest(pipeline: Any, num_images: int) -> SpeculativeDecoding | None:
     """Lossless speculation with the pipeline's own drafter where that is faster than plain decoding, else `None`.
 
     It is measured once for each model, device, precision, number of threads and of images, and remembered in a file.
+    What does not pay for one image, whose passes are bound most by reading weights, is not tried with more.
     """
-    from vistok.files import atomic_path, home_folder
-
     if own_drafter(pipeline) is None:
         return None
     decoding = make_speculation(pipeline, None, "strict", None, None)
+    pays = all(_pays(pipeline, decoding, count) for count in sorted({1, num_images}))
+    return decoding if pays else None
+
+
+def _pays(pipeline: Any, decoding: SpeculativeDecoding, num_images: int) -> bool:
+    """Whether `decoding` is faster for so many images, from the file or measured now."""
+    from vistok.files import atomic_path, home_folder
+
     path, key = home_folder() / "speculation.json", _situation(pipeline, num_images)
     known: dict[str, bool] = json.loads(path.read_text()) if path.is_file() else {}
     if key not in known:
+        logger.info("measuring once whether speculative decoding pays here for %d images", num_images)
         probe = [PROBE[type(pipeline).__name__]] * num_images
         draw: Callable[..., Any] = partial(pipeline, probe, output_type="tokens")
+        pipeline.set_progress_bar_config(disable=True)
         known[key] = is_faster(partial(draw, speculation=decoding), draw)
+        pipeline.set_progress_bar_config()
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as unfinished:
             unfinished.write_text(json.dumps(known, indent=2) + "\n")
-    return decoding if known[key] else None
+    return known[key]
 
 
 def is_faster(one: Callable[[], Any], other: Callable[[], Any]) -> bool:

@@ -57,7 +57,9 @@ class Sampling:
         return sum(settings.denoising_steps(self.steps(model)))
 
     def __str__(self) -> str:
-        return ", ".join(f"{name.removeprefix('num_').replace('_', ' ')} {value}" for name, value in self.settings.items())
+        return ", ".join(
+            f"{name.removeprefix('num_').replace('_', ' ')} {value}" for name, value in self.settings.items()
+        )
 
 
 @dataclass(frozen=True)

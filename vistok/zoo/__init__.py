@@ -35,5 +35,7 @@ def shipped() -> dict[str, ShippedModel]:
         found[folder.name] = ShippedModel(folder.name, folder, pipeline_class, facts)
         for config in sorted(folder.glob("*/config.json")):
             name = f"{folder.name}/{config.parent.name}"
-            found[name] = ShippedModel(name, config.parent, json.loads(config.read_text())["_class_name"], facts)
+            found[name] = ShippedModel(
+                name, config.parent, json.loads(config.read_text())["_class_name"], facts
+            )
     return found
