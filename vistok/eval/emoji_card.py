@@ -41,6 +41,8 @@ vistok.load("{name}")("red apple", seed=7).images[0].save("apple.png")
   decoded), `-decoder` (the decoder alone, with more weight on the perceptual loss), and `emoji-generator.yaml` on the
   tokens of the second stage. Float16 weights of the averaged models, joined by `python -m vistok.training.assemble`.
   The perceptual loss uses EfficientNet-Lite1, the measurements below Lite0.
+- **Drafter**: `drafter/`, an EAGLE network of 0.5 M parameters for speculative decoding (`emoji-drafter.yaml`); what it
+  gains is in `docs/tables/speculative`.
 - **Licence**: Apache-2.0.
 - **Limits**: it knows what the emoji set shows, by the names used there, nearly by heart; other texts give the nearest
   thing it knows, or a mixture, and a name held out of training is seldom drawn right. Colour words work on some objects,
