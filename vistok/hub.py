@@ -108,7 +108,7 @@ def load_drafter(name_or_path: str | Path, target: Any) -> Drafter:
 
     Args:
         name_or_path: `"jacobi"`, `"neighbours"` or `"recycling"`, which need no training; or what `load` takes: an EAGLE
-            network, an early-exit adapter, or a small generator of the target's kind.
+            network, an early-exit adapter, or a small generator of the target's kind, also of a pipeline.
         target: the generator that it drafts for; a network is moved to its device.
 
     Raises:
@@ -121,7 +121,8 @@ def load_drafter(name_or_path: str | Path, target: Any) -> Drafter:
 
     if (name := str(name_or_path)) in drafters.TRAINING_FREE:
         return drafters.TRAINING_FREE[name]()
-    model = load(name_or_path, device=target.device, dtype=target.dtype)
+    loaded = load(name_or_path, device=target.device, dtype=target.dtype)
+    model = getattr(loaded, "transformer", loaded)
     if isinstance(model, EagleDrafter):
         return eagle.EagleTreeDrafter(model)
     if isinstance(model, EarlyExitAdapter):

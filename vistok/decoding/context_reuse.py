@@ -18,7 +18,8 @@ class ContextReuse:
 
     Args:
         period: one evaluation in so many is full; 1 is off.
-        warm_up: so many of the first evaluations are full; there is little context yet, and it changes most.
+        warm_up: so many of the first evaluations are full, and the one after them; there is little context yet, and it
+            changes most.
 
     Raises:
         ValueError: `period` below 1, or `warm_up` below 0.

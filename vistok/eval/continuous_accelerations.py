@@ -33,6 +33,7 @@ from vistok.eval.timing import median_seconds
 from vistok.files import atomic_path
 from vistok.hub import load, load_tokenizer
 from vistok.models.generators.mar import MAR
+from vistok.models.identity import model_identity
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.pipelines.settings import DiffusionSettings
 from vistok.tokens import Tokens
@@ -155,12 +156,14 @@ class Report:
     """All rows with their protocol."""
 
     rows: list[Row]
+    models: dict[str, str]  # name -> identity, and what its order is
     num_images: int
     num_real: int
     guidance_scale: float
     timed_batch: int
     repeats: int
     extractor: str
+    note: str  # of the distances
     tokenizer: str
     num_threads: int
     machine: str
@@ -252,8 +255,10 @@ def _page(report: Report) -> str:
         "",
         f"- Fréchet distances of {report.num_images} images each, features of {report.extractor}, equally many of each "
         "class; between images of different seeds, so that of a model's first row is what chance alone gives. "
-        f"Real images: the first {report.num_real} test images of CIFAR-10.",
-        f"- Guidance {report.guidance_scale:g}, constant. Tokenizer {report.tokenizer}. The first row of a model is the "
+        f"Real images: the first {report.num_real} test images of CIFAR-10. {report.note}. Differences of a few units are "
+        "chance.",
+        f"- Models: {', '.join(f'{name} {what}' for name, what in report.models.items())}; tokenizer {report.tokenizer}. "
+        f"Guidance {report.guidance_scale:g}, constant. The first row of a model is the "
         "full one; settings are in the JSON file.",
         f"- Seconds: to the tokens of a batch of {report.timed_batch}, median of {report.repeats} in turns, float32, "
         f"{threads}; {report.machine}; vistok {report.vistok}.",
@@ -273,10 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     extractor, tokenizer = load_extractor(EXTRACTOR), load_tokenizer(options.tokenizer)
     real = _real_features(options.cifar10, options.num_real, extractor)
-    rows = []
+    rows, models = [], {}
     for name, folder, variants in (("xAR", options.xar, XAR_VARIANTS), ("MAR", options.mar, MAR_VARIANTS)):
         draft: Any = load(options.draft) if name == "MAR" else None
         sampler = Sampler(name, load(folder), tokenizer, draft, options.guidance_scale)
+        models |= _identities(sampler)
         rows += measure(
             sampler,
             variants,
@@ -288,12 +294,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     report = Report(
         rows=rows,
+        models=models,
         num_images=options.num_images,
         num_real=len(real),
         guidance_scale=options.guidance_scale,
         timed_batch=options.timed_batch,
         repeats=options.repeats,
         extractor=EXTRACTOR,
+        note=compare_features(real, real, extractor=extractor).note,
         tokenizer=tokenizer.identity(),
         num_threads=torch.get_num_threads(),
         machine=str(describe_machine()),
@@ -301,6 +309,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     write_report(report, options.out)
     sys.stdout.write(json.dumps(asdict(report), allow_nan=False) + "\n")
+
+
+def _identities(sampler: Sampler) -> dict[str, str]:
+    """What the report calls a model, and its draft."""
+    order = getattr(sampler.model, "order", None)
+    words = {
+        sampler.name: f"{model_identity(sampler.model)}{'' if order is None else f', {order.num_steps} steps'}"
+    }
+    if sampler.draft is not None:
+        words[f"draft of {sampler.name}"] = model_identity(sampler.draft)
+    return words
 
 
 def _real_features(cifar10: Path, count: int, extractor: FeatureExtractor) -> FeatureSet:

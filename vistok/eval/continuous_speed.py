@@ -216,7 +216,7 @@ def _page(result: SpeedReport) -> str:
         "all positions in every step (the release leaves hidden tokens out of the encoder, as the package does), and "
         "every denoising step makes its modulations again.",
         *(
-            f"- Where the plain way did one in {every} of its steps, which cost the same, its times are multiplied by it."
+            f"- Where the plain way did one in {every} of its steps, spread evenly, its times are multiplied by it."
             for every in sorted(shares)
         ),
         "- Decoding: the package, which changes nothing in the result: xAR keeps the cells before and makes modulations "

@@ -43,7 +43,7 @@ class Way:
         steps: how many, as reported.
         draw: an image per label and stream.
         parts: the methods that are encoder, decoder and head, as `PARTS`.
-        every: `draw` does one in so many of its steps, all of which cost the same.
+        every: `draw` does one in so many of its steps, spread evenly.
     """
 
     name: str
@@ -140,7 +140,7 @@ class MARFamily:
         num_inference_steps: denoising steps at each.
         annealed: denoising steps of DiSA at the first evaluation and at the last.
         published: `num_steps` and `num_inference_steps` of the published images.
-        published_every: one in so many of their steps is done, all of which cost the same.
+        published_every: one in so many of their steps is done, spread evenly.
         scale: of the guidance.
     """
 

@@ -179,7 +179,7 @@ def _protocol(report: Report) -> list[str]:
         "distribution (masked: Gumbel noise with the choice temperature).",
         f"- Of one generator the distance changes by up to {_unevenness(report.rows):.1f} from one scale to the next: smaller "
         "differences between generators say little. Masked generators are favoured: their choice temperature was chosen "
-        "by this distance, the others draw from their own distribution.",
+        "by this distance. Where the best scale is the largest, a still larger one may be better.",
         f"- For comparison: {options.num_samples} training images {floor.fid:.1f}, their reconstructions "
         + " and ".join(f"by {name} {one.fid:.1f}" for name, one in report.reconstructions.items())
         + ".",

@@ -57,7 +57,7 @@ class PlainMAR:
 
     Args:
         model: the network.
-        every: only the last of so many steps is done, to time a share of the work.
+        every: only the one in the middle of so many steps is done, to time a share of the work.
     """
 
     def __init__(self, model: MAR, every: int = 1) -> None:
@@ -80,7 +80,7 @@ class PlainMAR:
         scales = plan.scales(guidance)
         labels = both_branches(model, class_labels, None, scales)  # [2b]
         latents = empty_canvas(model, len(class_labels))
-        for step in range(self.every - 1, num_steps, self.every):
+        for step in range(self.every // 2, num_steps, self.every):
             start, end = plan.spans[step]
             positions = plan.sequence[:, start:end]
             is_hidden = torch.ones_like(plan.sequence, dtype=torch.bool)

@@ -10,6 +10,7 @@ from vistok.decoding.speculative.generate import Speculation, generate_speculati
 from vistok.decoding.speculative.lantern import LanternRule
 from vistok.decoding.speculative.neighbours import NeighbourTable
 from vistok.decoding.speculative.strict import StrictRule
+from vistok.decoding.speculative.tree_drafting import is_greedy
 from vistok.models.generators.base import Generator, NextTokenGenerator
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.pipelines.drawing import Request
@@ -25,7 +26,8 @@ class SpeculativeDecoding:
 
     Args:
         drafter: proposes tokens.
-        rule: decides which are kept; with a lossless one the images follow the same distribution as without.
+        rule: decides which are kept; with a lossless one the images follow the same distribution as without. For greedy
+            decoding (`top_k` 1) a `LanternRule` is exchanged for its greedy one.
     """
 
     drafter: Drafter
@@ -59,14 +61,17 @@ def speculate(
     assert isinstance(model, NextTokenGenerator) and isinstance(settings, OrderedSettings)
     if request.conditions.later_null is not None:
         raise ValueError(
-            "speculative decoding guides away from one condition only; give as many negative tokens as positive ones, "
-            "or decode plainly"
+            "null_class changes what speculative decoding guides away from after the first token; use negative_class, or "
+            "decode plainly"
         )
+    rule = decoding.rule
+    if isinstance(rule, LanternRule) and is_greedy(settings.sampling):
+        rule = rule.greedy()
     return generate_speculative(
         model,
         request.conditions.rows,
         drafter=decoding.drafter,
-        rule=decoding.rule,
+        rule=rule,
         streams=request.streams,
         num_tokens=request.lengths,
         sampling=settings.sampling,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vistok.training.augment import Augmentation, augment
 from vistok.training.tokenizer import ReconstructionTask, TokenizerOptions, psnr_from_mse
 
 SCALE_IMAGES = 2048  # training images whose latents decide the scaling factor
@@ -61,7 +62,10 @@ class KLTokenizerTask(ReconstructionTask):
     @torch.inference_mode()
     def finish(self, model: Any) -> None:
         """Record the scaling factor: one over the standard deviation of all latents (Rombach et al. 2022, section G)."""
-        few = self.images[:SCALE_IMAGES].float() / 127.5 - 1
-        latents = torch.cat([model.encode(images.to(self.device)).data for images in few.split(64)])
-        model.scaling_factor = round(1 / latents.std().item(), 4)
+        plain, generator = Augmentation(), torch.Generator().manual_seed(0)  # nothing but the size is changed
+        latents = []
+        for few in self.images[:SCALE_IMAGES].split(64):
+            images = augment(few.float() / 127.5 - 1, plain, model.image_size, generator)
+            latents.append(model.encode(images.to(self.device)).data)
+        model.scaling_factor = round(1 / torch.cat(latents).std().item(), 4)
         model.register_to_config(scaling_factor=model.scaling_factor)

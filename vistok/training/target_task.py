@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vistok.hub import load
+from vistok.models.identity import model_identity
 from vistok.pipelines.settings import OrderedSettings
 from vistok.training.augment import Augmentation
 from vistok.training.target_data import Making, TargetImages, load_or_make, make_conditions
@@ -85,6 +86,10 @@ class TargetTask(Task):
         self.conditions: Tensor = make_conditions(self.target, prompts, options.num_images, seed)
         images = Path(options.images) if options.images is not None else folder / "images"
         self.images = load_or_make(making, self.conditions, images, options.images_per_shard)
+
+    def finish(self, model: Any) -> None:
+        """Record which target the drafter was trained for."""
+        model.register_to_config(target=model_identity(self.target))
 
     def draw_rows(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Which of the training images make a batch, `[b]`."""

@@ -12,6 +12,7 @@ from vistok.decoding.sampling import SamplingParams, token_probabilities
 from vistok.decoding.speculative.tree import DraftTree
 from vistok.decoding.streams import UniformSource
 from vistok.models.generators.base import Condition, NextTokenGenerator, Reading
+from vistok.models.identity import model_identity
 
 
 @dataclass(frozen=True)
@@ -139,4 +140,12 @@ def check_same_vocabulary(name: str, codebook_size: int, target: NextTokenGenera
         raise ValueError(
             f"{name} drafts {codebook_size} token ids, {type(target).__name__} has {target.codebook_size}: "
             "use a drafter made for this generator's codebook"
+        )
+
+
+def check_same_target(name: str, identity: str | None, target: NextTokenGenerator) -> None:
+    """Raises ValueError where it is known which generator the drafter `name` was trained for, and it is another one."""
+    if identity is not None and identity != (theirs := model_identity(target)):
+        raise ValueError(
+            f"{name} was trained for {identity}, this is {theirs}: use a drafter that was trained for this generator"
         )

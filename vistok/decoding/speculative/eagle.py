@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vistok.decoding.sampling import token_probabilities
-from vistok.decoding.speculative.drafter import DraftStart, Outcome, check_same_vocabulary
+from vistok.decoding.speculative.drafter import DraftStart, Outcome, check_same_target, check_same_vocabulary
 from vistok.decoding.speculative.dynamic_tree import DynamicTreeParams
 from vistok.decoding.speculative.tree import DraftTree, TreeShape
 from vistok.decoding.speculative.tree_drafting import (
@@ -62,6 +62,7 @@ class EagleTreeDrafter:
                     f"the drafter was made for a {what} of {ours}, {type(target).__name__} has {theirs}: "
                     "use the drafter that was trained for this generator"
                 )
+        check_same_target(type(network).__name__, network.config["target"], target)
         if network.prefix_length >= prefix:
             raise ValueError(
                 f"the drafter reads {network.prefix_length} condition positions in front of the last, "

@@ -84,7 +84,8 @@ def generate_speculative(
 ) -> Speculation:
     """Sample the tokens of a batch of images with fewer passes of the model.
 
-    The tokens of an image depend neither on the others of the batch nor on where it stops. Greedy decoding is
+    The tokens of an image depend neither on the others of the batch nor, unless the rule is a `LanternGreedyRule`, which
+    looks at whole trees, on where it stops. Greedy decoding is
     `SamplingParams(top_k=1)`, with the strict rule or one that is made for it.
 
     Args:

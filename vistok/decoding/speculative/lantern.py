@@ -131,6 +131,10 @@ class LanternRule(SequentialRule):
                 f"{table.num_neighbours}"
             )
 
+    def greedy(self) -> LanternGreedyRule:
+        """The rule of the same neighbours for greedy decoding, where a filtered target has no neighbours left."""
+        return LanternGreedyRule(self.merger.table, self.merger.k, self.merger.delta)
+
     def probability(self, target: Tensor, tokens: Tensor) -> Tensor:
         """By the target, neighbours included."""
         return target.gather(1, tokens) + self.merger.merge(target, tokens).mass

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vistok.decoding.speculative.draft_length import ConfidenceThreshold, DraftLength
-from vistok.decoding.speculative.drafter import DraftStart
+from vistok.decoding.speculative.drafter import DraftStart, check_same_target
 from vistok.decoding.speculative.drafters.independent import IndependentDrafter, IndependentSession
 from vistok.decoding.speculative.tree import TreeShape
 from vistok.models.drafters.early_exit import EarlyExitAdapter, with_early_exit
@@ -35,5 +35,6 @@ class EarlyExitDrafter:
         Raises:
             ValueError: the adapter was made for another target.
         """
+        check_same_target(type(self.adapter).__name__, self.adapter.config["target"], start.target)
         model = with_early_exit(start.target, self.adapter)
         return IndependentDrafter(model, self.tree).begin(start)

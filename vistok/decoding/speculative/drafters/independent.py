@@ -26,6 +26,9 @@ from vistok.kernels.attention import TreeMask
 from vistok.models.generators.base import NextTokenGenerator
 
 
+CONDITION_SIZES = ("num_classes", "text_length", "text_dim", "text_encoder", "max_text_length")
+
+
 @dataclass(frozen=True)
 class IndependentDrafter:
     """Draws trees from a generator of the same kind as the target.
@@ -56,6 +59,12 @@ class IndependentDrafter:
                 f"a {type(model).__name__} reads other conditions than a {type(target).__name__}: "
                 "the drafter must be of the target's family"
             )
+        for name in CONDITION_SIZES:
+            if model.config.get(name) != target.config.get(name):
+                raise ValueError(
+                    f"{name} of the drafter is {model.config.get(name)}, that of the target {target.config.get(name)}: "
+                    "both must read the same conditions"
+                )
         return IndependentSession(model, self.tree, start)
 
 
