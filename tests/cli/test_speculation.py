@@ -29,6 +29,7 @@ def test_the_image_is_what_the_library_draws_and_the_passes_are_reported(run, cl
     assert finished.code == 0, finished.stderr
     report = json.loads(finished.stdout)
     assert report["decoding"] == "speculative" and report["plain_seconds"] > 0
+    assert report["speculation"]["drafter"] == "JacobiDrafter" and report["speculation"]["lossless"]
     assert report["speculation"]["target_passes"] < 16 and report["speculation"]["draft_passes"] == 0
     assert report["speculation"]["mean_accepted_length"] > 1
     pipeline = vistok.load(class_model)
@@ -41,7 +42,12 @@ def test_lantern_and_a_small_generator(run, class_model, out) -> None:
     options = ("--decoding", "speculative", "--drafter", drafter, "--accept", "lantern", "--lantern-k", 4)
     finished = run("generate", "3", "-o", out / "3.png", "--model", class_model, *options)
     assert finished.code == 0, finished.stderr
-    assert json.loads(finished.stdout)["speculation"]["draft_passes"] > 0
+    speculation = json.loads(finished.stdout)["speculation"]
+    assert (
+        speculation["draft_passes"] > 0
+        and speculation["rule"] == "LanternRule"
+        and not speculation["lossless"]
+    )
 
 
 def test_plain_decoding_says_so(run, model, out) -> None:
@@ -68,6 +74,21 @@ def test_the_model_s_own_drafter_is_used_where_it_is_faster(run, tmp_path, home,
         monkeypatch.setattr(speculation, "is_faster", None)  # measuring again would fail
         assert decoding_of() == expected
         (home / "speculation.json").unlink()
+
+
+def test_a_home_that_cannot_be_used_is_no_obstacle(run, tmp_path, out, monkeypatch) -> None:
+    from tests.tiny import save_tiny_pipeline
+
+    folder = save_tiny_pipeline(tmp_path / "model", seed=0)
+    vistok.load(folder).transformer.save_pretrained(folder / "drafter")
+    monkeypatch.setattr(speculation, "is_faster", lambda one, other: False)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("VISTOK_HOME", str(tmp_path / "file" / "home"))
+    assert run("generate", "cat", "-o", out / "cat.png", "--model", folder).code == 0
+    (tmp_path / "home2").mkdir()
+    (tmp_path / "home2" / "speculation.json").write_text("{damaged")
+    monkeypatch.setenv("VISTOK_HOME", str(tmp_path / "home2"))
+    assert run("generate", "cat", "-o", out / "cat.png", "--model", folder).code == 0
 
 
 def test_the_faster_of_two_calls_is_found() -> None:

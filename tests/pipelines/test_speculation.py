@@ -104,3 +104,24 @@ def test_rules_have_names(tmp_path, monkeypatch):
             make_rule(arguments.pop("accept"), pipeline.tokenizer, **arguments)
     with pytest.raises(ValueError, match="no codebook: its tokens are continuous"):
         make_rule("lantern", make_pipeline("xar-cells").tokenizer)
+
+
+def test_lantern_is_itself_for_greedy_decoding(tmp_path, monkeypatch):
+    """Of a target with one token left no neighbour has any mass: the rule must look before the filter."""
+    monkeypatch.setenv("VISTOK_HOME", str(tmp_path))
+    pipeline = make_pipeline("llamagen-class")
+    rule = make_rule("lantern", pipeline.tokenizer, k=19, delta=1.0)
+    drafter = IndependentDrafter(make_pipeline("llamagen-class").transformer)
+    greedy, strict = (
+        call(pipeline, top_k=1, guidance_scale=2.0, speculation=SpeculativeDecoding(JacobiDrafter(4), one))[1]
+        for one in (rule, StrictRule())
+    )
+    assert greedy.target_passes < strict.target_passes
+    assert call(pipeline, top_k=1, speculation=SpeculativeDecoding(drafter, rule))[1].target_passes <= 4
+
+
+def test_drafters_of_another_target_or_condition_are_refused():
+    target = make_pipeline("llamagen-class")
+    other = vistok.LlamaGenClass(**{**target.transformer.config, "num_classes": 7})
+    with pytest.raises(ValueError, match="num_classes of the drafter is 7, that of the target 5"):
+        call(target, speculation=SpeculativeDecoding(IndependentDrafter(other)))

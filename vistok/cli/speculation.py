@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
@@ -10,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vistok.files import atomic_path, home_folder
+
 if TYPE_CHECKING:
     from vistok.decoding.speculative.generate import SpeculationStatistics
     from vistok.pipelines.base import ImagePipeline
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 DECODINGS = ("auto", "plain", "speculative")
 TRIALS = 3
+PROBED_IMAGES = (1, 8)
 PROBE = {"TextToImagePipeline": "red apple", "ClassToImagePipeline": 0}  # what is drawn to measure
 
 logger = logging.getLogger(__name__)
@@ -30,7 +34,6 @@ def choose_speculation(
     k: int | None,
     delta: float | None,
     *,
-    num_images: int,
     needs_plain: bool,
 ) -> SpeculativeDecoding | None:
     """How to decode, by the options of `vistok generate`; `None` is plainly.
@@ -39,7 +42,6 @@ def choose_speculation(
         pipeline: the model.
         decoding: one of DECODINGS.
         drafter, accept, k, delta: see `make_speculation`.
-        num_images: that are drawn at once; the more, the less a pass is bound by reading weights.
         needs_plain: whether the call asks for something that "auto" must not speculate about.
 
     Raises:
@@ -51,7 +53,7 @@ def choose_speculation(
         return make_speculation(pipeline, drafter, accept, k, delta)
     if drafter is not None or accept != "strict" or k is not None or delta is not None:
         raise ValueError("--drafter, --accept and --lantern-* need --decoding speculative")
-    return None if decoding == "plain" or needs_plain else fastest(pipeline, num_images)
+    return None if decoding == "plain" or needs_plain else fastest(pipeline)
 
 
 def make_speculation(
@@ -63,13 +65,14 @@ def make_speculation(
         ValueError: no drafter, or one that does not fit; an option of another rule.
     """
     from vistok.hub import load_drafter
-    from vistok.pipelines.speculation import SpeculativeDecoding, make_rule
+    from vistok.pipelines.speculation import SpeculativeDecoding, check_speculation, make_rule
 
-    rule = make_rule(accept, pipeline.tokenizer, k=k, delta=delta)
+    check_speculation(pipeline.transformer, has_given=False, has_processor=False, has_preview=False)
     name = drafter or own_drafter(pipeline)
     if name is None:
         raise ValueError("this model comes without a drafter; name one with --drafter, for example jacobi")
-    return SpeculativeDecoding(load_drafter(name, pipeline.transformer), rule)
+    chosen = load_drafter(name, pipeline.transformer)
+    return SpeculativeDecoding(chosen, make_rule(accept, pipeline.tokenizer, k=k, delta=delta))
 
 
 def own_drafter(pipeline: ImagePipeline) -> Path | None:
@@ -80,36 +83,54 @@ def own_drafter(pipeline: ImagePipeline) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def fastest(pipeline: Any, num_images: int) -> SpeculativeDecoding | None:
+def fastest(pipeline: Any) -> SpeculativeDecoding | None:
     """Lossless speculation with the pipeline's own drafter where that is faster than plain decoding, else `None`.
 
-    It is measured once for each model, device, precision, number of threads and of images, and remembered in a file.
-    What does not pay for one image, whose passes are bound most by reading weights, is not tried with more.
+    It is measured once for each drafter, model, device, precision and number of threads, and remembered in a file. The
+    answer is the same however many images are drawn, so that a seed gives the same image in every batch.
     """
-    if own_drafter(pipeline) is None:
+    folder = own_drafter(pipeline)
+    if folder is None:
+        return None
+    path, key = home_folder() / "speculation.json", _situation(pipeline, folder)
+    known = _read(path)
+    if known.get(key) is False:
         return None
     decoding = make_speculation(pipeline, None, "strict", None, None)
-    pays = all(_pays(pipeline, decoding, count) for count in sorted({1, num_images}))
-    return decoding if pays else None
-
-
-def _pays(pipeline: Any, decoding: SpeculativeDecoding, num_images: int) -> bool:
-    """Whether `decoding` is faster for so many images, from the file or measured now."""
-    from vistok.files import atomic_path, home_folder
-
-    path, key = home_folder() / "speculation.json", _situation(pipeline, num_images)
-    known: dict[str, bool] = json.loads(path.read_text()) if path.is_file() else {}
     if key not in known:
-        logger.info("measuring once whether speculative decoding pays here for %d images", num_images)
-        probe = [PROBE[type(pipeline).__name__]] * num_images
-        draw: Callable[..., Any] = partial(pipeline, probe, output_type="tokens")
-        pipeline.set_progress_bar_config(disable=True)
-        known[key] = is_faster(partial(draw, speculation=decoding), draw)
-        pipeline.set_progress_bar_config()
+        known[key] = _pays(pipeline, decoding)
+        _write(path, known)
+    return decoding if known[key] else None
+
+
+def _pays(pipeline: Any, decoding: SpeculativeDecoding) -> bool:
+    """Whether `decoding` is faster for one image and for some; what does not pay for one is not tried with more."""
+    logger.info("measuring once whether speculative decoding pays here")
+    pipeline.set_progress_bar_config(disable=True)
+    draws: list[Callable[..., Any]] = [
+        partial(pipeline, [PROBE[type(pipeline).__name__]] * count, output_type="tokens")
+        for count in PROBED_IMAGES
+    ]
+    pays = all(is_faster(partial(draw, speculation=decoding), draw) for draw in draws)
+    pipeline.set_progress_bar_config()
+    return pays
+
+
+def _read(path: Path) -> dict[str, bool]:
+    """What was remembered; nothing if the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(path: Path, known: dict[str, bool]) -> None:
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as unfinished:
             unfinished.write_text(json.dumps(known, indent=2) + "\n")
-    return known[key]
+    except OSError as error:
+        logger.warning("cannot remember which decoding is faster, it is measured again next time: %s", error)
 
 
 def is_faster(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
@@ -122,24 +143,33 @@ def is_faster(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
     return first < second
 
 
-def _situation(pipeline: ImagePipeline, num_images: int) -> str:
+def _situation(pipeline: ImagePipeline, drafter: Path) -> str:
     """What the choice depends on, as text."""
     import torch
 
     import vistok
     from vistok.models.identity import model_identity
 
+    digest = hashlib.sha256()
+    for file in sorted(drafter.iterdir()):
+        digest.update(file.read_bytes())
     device = pipeline.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    facts = f"{pipeline.transformer.dtype}, {torch.get_num_threads()} threads, {num_images} images"
-    return f"{model_identity(pipeline.transformer)}, vistok {vistok.__version__}, {where}, {facts}"
+    models = f"{model_identity(pipeline.transformer)}, drafter {digest.hexdigest()[:16]}"
+    facts = f"{pipeline.transformer.dtype}, {torch.get_num_threads()} threads"
+    return f"{models}, vistok {vistok.__version__}, {where}, {facts}"
 
 
-def statistics_of(statistics: SpeculationStatistics | None) -> dict[str, Any] | None:
-    """For the JSON line: means over the images, and passes of the batch."""
-    if statistics is None:
+def describe(
+    speculation: SpeculativeDecoding | None, statistics: SpeculationStatistics | None
+) -> dict[str, Any] | None:
+    """For the JSON line: drafter and rule, means over the images, and passes of the batch."""
+    if speculation is None or statistics is None:
         return None
     return {
+        "drafter": type(speculation.drafter).__name__,
+        "rule": type(speculation.rule).__name__,
+        "lossless": speculation.rule.is_lossless,
         "mean_accepted_length": round(float(statistics.mean_accepted_length.mean()), 3),
         "target_passes": statistics.target_passes,
         "draft_passes": statistics.draft_passes,

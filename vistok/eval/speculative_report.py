@@ -179,7 +179,7 @@ def _notes(protocol: Protocol, plain: list[PlainRow]) -> list[str]:
         f"- Speed-up: the same {protocol.num_timed} images to their tokens with and without speculation in turns, median "
         f"of {protocol.repeats}; {threads}.",
         "- p-value: that the tokens follow the generator. Each token's place in the generator's own distribution, the most "
-        "probable ids first, is uniform and independent of the others if they do; chi-square test of pairs of successive "
+        "probable ids first, is uniform and independent of the others if they do; chi-square test of disjoint pairs of successive "
         "tokens, all images and positions. A row that follows it falls below 0.01 once in a hundred.",
         "- Total variation, of lossy rules: of the token that comes out against the generator's distribution, mean and "
         f"largest of about {NUM_NODES} nodes in {NUM_WATCHED} images; computed, not sampled, for deterministic drafts "

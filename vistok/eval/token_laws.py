@@ -117,7 +117,7 @@ def check_laws(
 
 
 def uniformity(places: Tensor) -> float:
-    """The p-value of a chi-square test that places `[b n]` are uniform and those of successive tokens independent.
+    """The p-value of a chi-square test that places `[b n]` are uniform and those of disjoint pairs of tokens independent.
 
     Pairs of successive tokens are counted in the squares of a grid: if the places are uniform, every square is as likely
     as another.

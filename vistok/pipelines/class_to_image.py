@@ -65,6 +65,7 @@ class ClassToImagePipeline(ImagePipeline):
         typical_p: float | None = None,
         integrator: str | None = None,
         reuse_period: int | None = None,
+        reuse_warm_up: int | None = None,
         logits_processor: LogitsProcessor | None = None,
         speculation: SpeculativeDecoding | None = None,
         seed: int | Sequence[int] = 0,
@@ -111,7 +112,7 @@ class ClassToImagePipeline(ImagePipeline):
             choice_temperature: of a masked generator, see `MaskedSamplingParams`.
             temperature: of a generator with a fixed order, see `OrderedSettings`, and of MAR, see `DiffusionSettings`.
             integrator: of xAR, see `FlowSettings`.
-            reuse_period: of a masked generator, and of MAR: one step in so many evaluates everything, the others reuse
+            reuse_period, reuse_warm_up: of a masked generator, and of MAR: one step in so many evaluates everything, the others reuse
                 features (`ContextReuse`).
             logits_processor: changes the guided logits `[b k codebook_size]` of every step before tokens are drawn.
             speculation: of a next-token generator: draft tokens and keep some, with fewer passes of the model. Seeds give
@@ -149,6 +150,7 @@ class ClassToImagePipeline(ImagePipeline):
             typical_p=typical_p,
             integrator=integrator,
             reuse_period=reuse_period,
+            reuse_warm_up=reuse_warm_up,
         )
         classes = self.class_indices(class_labels)
         labels = classes.repeat_interleave(num_images_per_prompt)

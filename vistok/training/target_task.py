@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.decoding.guidance import apply_guidance
 from vistok.hub import load
 from vistok.models.identity import model_identity
 from vistok.pipelines.settings import OrderedSettings
@@ -110,7 +111,7 @@ class TargetTask(Task):
         if not self.is_guided:
             return logits
         cond, uncond = logits.chunk(2)
-        return uncond + self.scales[places][:, None] * (cond - uncond)
+        return apply_guidance(cond, uncond, self.scales[places][:, None])
 
 
 def _settings(loaded: Any, options: TargetOptions) -> OrderedSettings:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vistok.decoding.guidance import apply_guidance
 from vistok.decoding.sampling import SamplingParams, token_probabilities
 from vistok.decoding.speculative.tree import DraftTree
 from vistok.decoding.streams import UniformSource
@@ -63,7 +64,7 @@ class DraftStart:
         last = self.num_tokens - 1
         scales = self.guidance_scales.to(logits.device)[positions.to(logits.device).clamp(0, last)][..., None]
         cond, uncond = logits.chunk(2)
-        return torch.where(scales == 1.0, cond, uncond + scales * (cond - uncond))
+        return apply_guidance(cond, uncond, scales)
 
     def probabilities(self, logits: Tensor, positions: Tensor) -> Tensor:
         """As `guide`, then the distribution that tokens are drawn from, `[b t v]` float32."""

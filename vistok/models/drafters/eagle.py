@@ -47,6 +47,7 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both defin
         input_norm: whether the first block normalises its input, as all others do.
         qk_norm: LayerNorm of queries and keys with weights and biases per head (Chameleon).
         own_tokens: whether the drafter stores a token table; otherwise it reads that of the target.
+        target: `model_identity` of the generator that it was trained for, where that is known.
 
     Raises:
         ValueError: sizes that do not fit each other, or unknown positions.
@@ -70,6 +71,7 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both defin
         input_norm: bool = False,
         qk_norm: bool = False,
         own_tokens: bool = True,
+        target: str | None = None,
     ) -> None:
         super().__init__()
         if positions not in POSITIONS:

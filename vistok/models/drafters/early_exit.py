@@ -29,6 +29,7 @@ class EarlyExitAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both d
         num_blocks: blocks of the generator in front of the adapter.
         dim: width of the generator.
         num_heads: attention heads, as many as the generator has.
+        target: `model_identity` of the generator, where that is known.
 
     Raises:
         ValueError: `num_blocks` is below 1.
@@ -36,7 +37,13 @@ class EarlyExitAdapter(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both d
 
     @register_to_config
     def __init__(
-        self, *, codebook_size: int = 4096, num_blocks: int = 2, dim: int = 256, num_heads: int = 4
+        self,
+        *,
+        codebook_size: int = 4096,
+        num_blocks: int = 2,
+        dim: int = 256,
+        num_heads: int = 4,
+        target: str | None = None,
     ) -> None:
         super().__init__()
         if num_blocks < 1:

@@ -25,7 +25,6 @@ from vistok.decoding.streams import UniformSource
 from vistok.kernels.attention import TreeMask
 from vistok.models.generators.base import NextTokenGenerator
 
-
 CONDITION_SIZES = ("num_classes", "text_length", "text_dim", "text_encoder", "max_text_length")
 
 
