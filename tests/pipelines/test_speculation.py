@@ -65,7 +65,7 @@ def test_the_progress_ends_at_the_last_token(capsys):
         ("nar-class", {}, "NARClass does not decide one token after the other"),
         ("maskgit-bert", {}, "MaskGITBert does not decide one token after the other"),
         ("llamagen-class", {"logits_processor": lambda logits: logits}, "logits_processor or watermark"),
-        ("llamagen-class", {"null_class": 2, "guidance_scale": 2.0}, "guides away from one condition only"),
+        ("llamagen-class", {"null_class": 2, "guidance_scale": 2.0}, "use negative_class, or decode plainly"),
         ("text-ar", {"preview_callback": print}, "does not support previews"),
     ],
 )

@@ -278,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     extractor, tokenizer = load_extractor(EXTRACTOR), load_tokenizer(options.tokenizer)
     real = _real_features(options.cifar10, options.num_real, extractor)
-    rows, models = [], {}
+    rows: list[Row] = []
+    models: dict[str, str] = {}
     for name, folder, variants in (("xAR", options.xar, XAR_VARIANTS), ("MAR", options.mar, MAR_VARIANTS)):
         draft: Any = load(options.draft) if name == "MAR" else None
         sampler = Sampler(name, load(folder), tokenizer, draft, options.guidance_scale)

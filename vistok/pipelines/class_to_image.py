@@ -112,8 +112,8 @@ class ClassToImagePipeline(ImagePipeline):
             choice_temperature: of a masked generator, see `MaskedSamplingParams`.
             temperature: of a generator with a fixed order, see `OrderedSettings`, and of MAR, see `DiffusionSettings`.
             integrator: of xAR, see `FlowSettings`.
-            reuse_period, reuse_warm_up: of a masked generator, and of MAR: one step in so many evaluates everything, the others reuse
-                features (`ContextReuse`).
+            reuse_period, reuse_warm_up: of a masked generator, and of MAR: one step in so many evaluates everything, the
+                others reuse features (`ContextReuse`).
             logits_processor: changes the guided logits `[b k codebook_size]` of every step before tokens are drawn.
             speculation: of a next-token generator: draft tokens and keep some, with fewer passes of the model. Seeds give
                 other images than without, of the same distribution if the rule is lossless.
