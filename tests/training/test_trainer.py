@@ -135,7 +135,7 @@ def test_shipped_recipes_parse():
     recipes = sorted((Path(load_recipe.__code__.co_filename).parent / "recipes").glob("*.yaml"))
     assert len(recipes) >= 2
     for recipe in recipes:
-        assert load_recipe(recipe).kind in ("tokenizer", "next-token", "class-conditional")
+        assert load_recipe(recipe).kind in ("tokenizer", "next-token", "class-conditional", "drafter")
 
 
 @pytest.mark.parametrize(
