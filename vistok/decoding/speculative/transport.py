@@ -50,7 +50,9 @@ def _most_transported(sets: Tensor, probs: Tensor, target: Tensor) -> float:
         from scipy.optimize import linprog
         from scipy.sparse import csr_array
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("the best acceptance needs scipy: run `pip install 'vistok[eval]'`") from None
+        raise ModuleNotFoundError(
+            "the best acceptance needs scipy: run `pip install 'vistok[eval]'`"
+        ) from None
 
     pairs = sets.nonzero()  # a variable for each: how much of the set becomes the token
     variables = torch.arange(len(pairs))
