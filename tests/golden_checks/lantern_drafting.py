@@ -319,7 +319,9 @@ def _committed(features: Tensor, tokens: Tensor) -> Outcome:
     path = torch.arange(count)[None]
     tree = DraftTree(tokens[None, :-1], path - 1, torch.ones_like(path, dtype=torch.bool))
     nothing = torch.zeros(1, count, 0)
-    return Outcome(tree, Reading(features, nothing), nothing, path, torch.tensor([count]), tokens[-1:])
+    return Outcome(
+        tree, Reading(features, nothing), nothing, nothing, path, torch.tensor([count]), tokens[-1:]
+    )
 
 
 def _sampling(settings: dict[str, Any]) -> SamplingParams:

@@ -26,7 +26,7 @@ from vistok.decoding.ordered import StepCallback
 from vistok.decoding.sampling import LogitsProcessor
 from vistok.decoding.streams import ImageStreams
 from vistok.eval.generator_measures import balanced_labels
-from vistok.eval.machine import describe_machine
+from vistok.eval.machine import describe_machine, threads_in_words
 from vistok.eval.markdown import table
 from vistok.eval.rate_distortion_report import DPI, check_plotting
 from vistok.eval.timing import median_seconds
@@ -298,7 +298,7 @@ def _draw(report: Report, path: Path) -> None:
 def _page(report: Report) -> str:
     header = ["Steps", "Period", "First full", "Seconds per image", "Speed-up", "Positions evaluated"]
     header += ["Tokens changed", "KL of cheap logits", "KL of the step before"]
-    threads = f"{report.num_threads} thread{'s' if report.num_threads != 1 else ''}"
+    threads = threads_in_words(report.num_threads)
     others = ", ".join(f"{_percent(share)} ({num} steps)" for num, share in report.other_seed.items())
     lines = [
         f"# Context reuse: {report.model}",

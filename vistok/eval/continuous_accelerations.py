@@ -26,7 +26,7 @@ from vistok.decoding.streams import ImageStreams
 from vistok.eval.features import FeatureExtractor, load_extractor
 from vistok.eval.fid import FeatureSet, compare_features, extract_features
 from vistok.eval.generator_measures import Sampling, balanced_labels, decode, draw_tokens
-from vistok.eval.machine import describe_machine
+from vistok.eval.machine import describe_machine, threads_in_words
 from vistok.eval.markdown import table
 from vistok.eval.rate_distortion_report import DPI, check_plotting
 from vistok.eval.timing import median_seconds
@@ -245,7 +245,7 @@ def _draw(report: Report, path: Path) -> None:
 
 def _page(report: Report) -> str:
     header = ["Model", "Sampling", "Seconds per image", "Speed-up", "From the full steps", "From real images"]
-    threads = f"{report.num_threads} thread{'s' if report.num_threads != 1 else ''}"
+    threads = threads_in_words(report.num_threads)
     lines = [
         "# Accelerations of continuous generators",
         "",

@@ -35,7 +35,7 @@ from vistok.eval.continuous_ways import (
     Way,
     build_family,
 )
-from vistok.eval.machine import describe_machine
+from vistok.eval.machine import describe_machine, threads_in_words
 from vistok.eval.markdown import table
 from vistok.files import atomic_path
 from vistok.tokens import Tokens
@@ -229,7 +229,7 @@ def _page(result: SpeedReport) -> str:
         f"- Difference of the package's tokens from the plain way's at few steps, float32, as a share of the largest "
         f"value; checked before anything is timed: {differences}.",
         f"- Median of {result.repeats} run{'s' if result.repeats > 1 else ''} after one with few steps; "
-        f"{result.num_threads} threads; {result.machine}.",
+        f"{threads_in_words(result.num_threads)}; {result.machine}.",
     ]
     return "\n".join(lines) + "\n"
 

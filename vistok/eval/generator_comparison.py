@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vistok
-from vistok.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, load_cifar10
+from vistok.data.cifar10 import CLASS_NAMES, load_cifar10
 from vistok.eval.comparison_recipe import (
     Comparison,
     Contestant,
@@ -45,6 +44,7 @@ from vistok.eval.generator_measures import (
     picture_sheet,
     seconds_per_image,
 )
+from vistok.eval.kept_features import kept_features
 from vistok.eval.machine import describe_machine
 from vistok.eval.rate_distortion_report import check_plotting
 from vistok.files import atomic_path
@@ -71,15 +71,9 @@ class Reference:
     def real(self) -> FeatureSet:
         """The test images' features."""
         count = self.options.num_reference
-        path = self.folder / f"reference-{self.options.extractor}-{count}.safetensors"
-        name = f"the first {count} test images of CIFAR-10"
-        if path.is_file():
-            return FeatureSet(name, load_file(path)["features"], (IMAGE_SIZE, IMAGE_SIZE))
         images = load_cifar10(self.cifar10, "test")[0][:count]
-        features = extract_features(images.split(BATCH_SIZE), self.extractor, name=name)
-        with atomic_path(path) as partial:
-            save_file({"features": features.features}, partial)
-        return features
+        name = f"the first {count} test images of CIFAR-10"
+        return kept_features(images, self.extractor, name=name, folder=self.folder)
 
     def originals(self) -> FidResult:
         """Distance of `num_samples` training images."""

@@ -17,6 +17,7 @@ from vistok.data.cifar10 import CLASS_NAMES
 from vistok.eval.comparison_recipe import EvaluationOptions
 from vistok.eval.fid import FidResult
 from vistok.eval.generator_measures import Row
+from vistok.eval.machine import threads_in_words
 from vistok.eval.markdown import table
 from vistok.eval.rate_distortion_report import DPI, PANEL_SIZE, check_plotting
 from vistok.files import atomic_path
@@ -187,8 +188,8 @@ def _protocol(report: Report) -> list[str]:
         "chain rule in the generator's own order; tokens of one step count as independent. Masked loss: cross-entropy of "
         "the hidden tokens under fixed masks, which is no likelihood and not comparable with it.",
         f"- Seconds: from class to pixels, median of {options.repeats} batches after one that does not count, guidance "
-        f"{options.timed_guidance:g} (two branches), {report.dtype}, {report.num_threads} "
-        f"thread{'s' if report.num_threads != 1 else ''}; {report.machine}; vistok {report.vistok}.",
+        f"{options.timed_guidance:g} (two branches), {report.dtype}, "
+        f"{threads_in_words(report.num_threads)}; {report.machine}; vistok {report.vistok}.",
     ]
 
 

@@ -31,6 +31,11 @@ class Machine:
         return ", ".join([*parts, f"torch {self.torch}", f"Python {self.python}", self.system])
 
 
+def threads_in_words(count: int) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} thread{'s' if count != 1 else ''}"
+
+
 def describe_machine() -> Machine:
     """The machine that this process runs on; a GPU is named only if torch can use it."""
     return Machine(

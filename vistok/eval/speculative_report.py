@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vistok.eval.machine import threads_in_words
 from vistok.eval.markdown import table
 from vistok.eval.rate_distortion_report import DPI, check_plotting
 from vistok.eval.speculative import (
@@ -163,7 +164,7 @@ def _quality(quality: Quality | None) -> list[str]:
 
 def _notes(protocol: Protocol, plain: list[PlainRow]) -> list[str]:
     sampling = ", ".join(f"{name} {value}" for name, value in protocol.sampling.items())
-    threads = f"{protocol.num_threads} thread{'s' if protocol.num_threads != 1 else ''}"
+    threads = threads_in_words(protocol.num_threads)
     quality = (
         "not measured" if protocol.real is None else f"{protocol.extractor} features against {protocol.real}"
     )

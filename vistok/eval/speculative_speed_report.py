@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from vistok.eval.machine import threads_in_words
 from vistok.eval.markdown import table
 from vistok.eval.rate_distortion_report import DPI, check_plotting
 from vistok.eval.speculative_speed import Measurement, Run, SpeedReport
@@ -90,7 +91,7 @@ def _page(report: SpeedReport) -> str:
     counts = [
         f"{one.num_nodes} node{'s' if one.num_nodes > 1 else ''}" for one in report.measurements[0].passes
     ]
-    threads = f"{report.num_threads} thread{'s' if report.num_threads != 1 else ''}"
+    threads = threads_in_words(report.num_threads)
     lines = [
         "# When speculative decoding pays",
         "",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vistok.data.cifar10 import load_cifar10
@@ -19,10 +18,10 @@ from vistok.eval.emoji_set import RealSet, first_by_name, read_images
 from vistok.eval.features import FeatureExtractor, load_extractor
 from vistok.eval.fid import FeatureSet, compare_features, extract_features
 from vistok.eval.generator_measures import all_tokens, balanced_labels, decode
+from vistok.eval.kept_features import kept_features
 from vistok.eval.neighbours import Share
 from vistok.eval.token_laws import LawCheck, check_laws
 from vistok.eval.watermark import drawn_emoji
-from vistok.files import atomic_path
 from vistok.hub import load, load_tokenizer
 from vistok.models.generators.base import NextTokenGenerator
 from vistok.models.tokenizers.base import ImageTokenizer
@@ -188,7 +187,7 @@ def emoji_subject(
     index = read_index(folder)
     emoji = [index[number] for number in first_by_name(index).values()]
     images = read_images(folder, emoji, parts.tokenizer.image_size)
-    features = real_features(images, extractor, "real emoji, one per name", kept)
+    features = kept_features(images, extractor, name="real emoji, one per name", folder=kept)
     reals = RealSet(emoji, images, features, first_by_name(emoji))
     conditions = text_model.encode_text(names)
     subject = Subject(parts.name, parts.model, parts.tokenizer, parts.settings, conditions)
@@ -214,19 +213,9 @@ def class_subject(
     if cifar10 is None or extractor is None:
         return subject, None
     images = load_cifar10(cifar10, "test")[0][:NUM_REAL]
-    return subject, Judge(extractor, real_features(images, extractor, "test images of CIFAR-10", kept))
-
-
-def real_features(images: Tensor, extractor: FeatureExtractor, name: str, kept: Path) -> FeatureSet:
-    """Features of real images uint8 `[n 3 H W]`, from a file in the folder `kept` if they are those of an earlier call."""
-    size = (images.shape[2], images.shape[3])
-    path = kept / f"real-{extractor.name}-{len(images)}-{size[0]}.safetensors"
-    if path.is_file():
-        return FeatureSet(name, load_file(path)["features"], size)
-    features = extract_features(images.split(BATCH_SIZE), extractor, name=name)
-    with atomic_path(path) as partial:
-        save_file({"features": features.features}, partial)
-    return features
+    return subject, Judge(
+        extractor, kept_features(images, extractor, name="test images of CIFAR-10", folder=kept)
+    )
 
 
 def load_subject(

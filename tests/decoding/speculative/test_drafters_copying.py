@@ -39,7 +39,9 @@ def make_outcome(
     if logits is None:
         logits = torch.zeros(*tree.tokens.shape, 10)
     counts = (paths >= 0).sum(dim=1)
-    return Outcome(tree, Reading(logits, logits), logits, paths, counts, torch.tensor(new_roots))
+    return Outcome(
+        tree, Reading(logits, logits), logits, logits.softmax(dim=-1), paths, counts, torch.tensor(new_roots)
+    )
 
 
 def propose(session, root: int, position: int) -> DraftTree:
@@ -96,7 +98,7 @@ def test_a_batch_is_at_different_places() -> None:
     roots = torch.tensor([4, 5])
     tree = session.propose(roots, torch.tensor([0, 0]), STREAMS)
     session.commit(
-        Outcome(tree, None, None, torch.tensor([[0], [-1]]), torch.tensor([1, 0]), torch.tensor([6, 5]))
+        Outcome(tree, None, None, None, torch.tensor([[0], [-1]]), torch.tensor([1, 0]), torch.tensor([6, 5]))
     )
     tree = session.propose(torch.tensor([6, 5]), torch.tensor([1, 0]), STREAMS)
     assert tree.exists[:, 1].tolist() == [True, False] and tree.tokens[0, 1] == 4

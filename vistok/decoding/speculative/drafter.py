@@ -79,6 +79,7 @@ class Outcome:
         tree: as it was verified; at the end of an image it is less deep than what was proposed.
         reading: the target's of all nodes, r rows.
         logits: `[b t v]` float32, the target's after guidance.
+        probs: `[b t v]` float32, the distributions that the target's tokens are drawn from.
         path: `[b d]` int64 node ids from the root down to the last accepted node, filled up with -1.
         counts: `[b]` int64 nodes of the path, which are now in the target's cache: accepted tokens and the root.
         new_roots: `[b]` int64, the token that was drawn after the path.
@@ -87,6 +88,7 @@ class Outcome:
     tree: DraftTree
     reading: Reading
     logits: Tensor
+    probs: Tensor
     path: Tensor
     counts: Tensor
     new_roots: Tensor

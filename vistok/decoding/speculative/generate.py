@@ -189,7 +189,9 @@ class _Loop:
         positions = self.num_committed[:, None] + 1 + tree.depths  # of what follows each node
         logits = self.start.guide(reading.logits, positions)
         uniforms = streams.uniform(self.session.max_nodes)
-        verified = verify(tree, token_probabilities(logits, self.sampling), self.rule, uniforms)
+        probs = token_probabilities(logits, self.start.sampling)
+        judged = probs if self.sampling == self.start.sampling else token_probabilities(logits, self.sampling)
+        verified = verify(tree, judged, self.rule, uniforms)
         drawn = draw(verified.extra, streams.uniform(1)[:, 0])
         # Images that are done stay as they are, so that their neighbours can go on.
         counts = (verified.num_accepted + 1) * self.is_open
@@ -200,7 +202,7 @@ class _Loop:
         self.row_passes += self.is_open
         self.num_passes += 1
         self.num_committed, self.roots = self.num_committed + counts, new_roots
-        self.session.commit(Outcome(tree, reading, logits, path, counts, new_roots))
+        self.session.commit(Outcome(tree, reading, logits, probs, path, counts, new_roots))
 
     def _draft(self, streams: UniformSource) -> DraftTree:
         """The drafter's tree as far as the image goes.

@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vistok.decoding.sampling import token_probabilities
 from vistok.decoding.speculative.drafter import DraftStart, Outcome
 from vistok.decoding.speculative.tree import DraftTree
 from vistok.decoding.speculative.tree_drafting import draw_without_replacement
@@ -66,7 +65,6 @@ class JacobiSession:
 
     def __init__(self, drafter: JacobiDrafter, start: DraftStart) -> None:
         self.drafter = drafter
-        self.sampling = start.sampling
         self.max_nodes = drafter.window
         logits = start.reading.logits  # [r 1 v]
         first = torch.zeros(start.batch_size, 1, dtype=torch.int64, device=logits.device)
@@ -95,7 +93,7 @@ class JacobiSession:
         tree, window = outcome.tree, self.drafter.window
         assert tree.draft_probs is not None
         nodes = outcome.counts[:, None] + torch.arange(window, device=outcome.counts.device)  # [b w]
-        probs = token_probabilities(outcome.logits, self.sampling)  # [b w+1 v]
+        probs = outcome.probs  # [b w+1 v]
         read, drafted = nodes.clamp(max=window), (nodes + 1).clamp(max=window)
         self.laws = self._opened(_take(probs, read), (nodes <= window) & tree.exists.gather(1, read))
         self.old_tokens = tree.tokens.gather(1, drafted)
