@@ -56,7 +56,7 @@ def generate_flow(
     # All times that the network is asked for; it raises here where the steps are too few.
     times = {time for count in set(counts) for time in head.integrator.times(count)}
     scales = [guidance.at(step, len(plan)) for step in range(len(plan))]
-    labels = _both_branches(model, class_labels, null_labels)  # [2b]
+    labels = model.both_branches(class_labels, null_labels)  # [2b]
     modulations = SharedModulations(model, labels, times)
     cache = model.new_cache(2 * batch_size)
     latents = torch.zeros(batch_size, model.num_tokens, model.latent_dim, device=model.device)
@@ -149,12 +149,3 @@ class StepVelocity:
             return velocity[: len(noisy)]
         cond, uncond = velocity.double().chunk(2)
         return apply_guidance(cond, uncond, self.scale)
-
-
-def _both_branches(model: XAR, class_labels: Tensor, null_labels: Tensor | None) -> Tensor:
-    """Labels of both branches, `[2b]` on the device of the model."""
-    if null_labels is None:
-        null_labels = torch.full_like(class_labels, model.null_label)
-    for labels in (class_labels, null_labels):
-        model.check_class_labels(labels, len(class_labels))
-    return torch.cat([class_labels, null_labels]).to(model.device)

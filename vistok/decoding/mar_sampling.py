@@ -167,12 +167,8 @@ def both_branches(
     model: MAR, class_labels: Tensor, null_labels: Tensor | None, scales: Sequence[float]
 ) -> Tensor:
     """Labels of both branches, `[2b]`, or of the conditional one alone, `[b]`, if no step is guided."""
-    if null_labels is None:
-        null_labels = torch.full_like(class_labels, model.null_label)
-    for labels in (class_labels, null_labels):
-        model.check_class_labels(labels, len(class_labels))
-    is_guided = any(scale != 1.0 for scale in scales)
-    return (torch.cat([class_labels, null_labels]) if is_guided else class_labels).to(model.device)
+    labels = model.both_branches(class_labels, null_labels)
+    return labels if any(scale != 1.0 for scale in scales) else labels[: len(class_labels)]
 
 
 def empty_canvas(model: MAR, batch_size: int) -> Tensor:

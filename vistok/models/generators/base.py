@@ -193,6 +193,18 @@ class ContinuousGenerator(Generator):
                 f"got {class_labels.tolist()}"
             )
 
+    def both_branches(self, class_labels: Tensor, null_labels: Tensor | None) -> Tensor:
+        """Labels of both branches, `[2b]` on the device of the model; `null_label` where no others are given.
+
+        Raises:
+            ValueError: see `check_class_labels`.
+        """
+        if null_labels is None:
+            null_labels = torch.full_like(class_labels, self.null_label)
+        for labels in (class_labels, null_labels):
+            self.check_class_labels(labels, len(class_labels))
+        return torch.cat([class_labels, null_labels]).to(self.device)
+
 
 class MaskedGenerator(Generator):
     """A bidirectional generator conditioned on a class: it sees decided tokens and masks, and predicts all positions."""
