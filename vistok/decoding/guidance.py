@@ -7,20 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
-
-def apply_guidance(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
-    """Move predictions away from the unconditional ones; both of one shape. A scale of 1.0 gives back `cond`.
-
-    A tensor of scales has the shape of the predictions but for axes of 1.
-    """
-    if isinstance(guidance_scale, Tensor):
-        return torch.where(guidance_scale == 1.0, cond, uncond + guidance_scale * (cond - uncond))
-    if guidance_scale == 1.0:
-        return cond
-    return uncond + guidance_scale * (cond - uncond)
+from vistok.kernels.sampling import apply_guidance as apply_guidance  # belongs to this module's names
 
 
 def check_guidance_scale(scale: float) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from vistok.kernels.sampling import check_filters, check_top_k, filtered_probabilities
+from vistok.kernels.sampling import draw as draw  # belongs to this module's names
 
 LogitsProcessor = Callable[
     [Tensor], Tensor
@@ -34,24 +36,11 @@ class SamplingParams:
     typical_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature must be above 0, got {self.temperature}; for greedy decoding use top_k=1"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(
-                f"top_k must be at least 1, got {self.top_k}; the size of the codebook keeps all ids"
-            )
-        for name in ("top_p", "typical_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}; 1 keeps all ids")
+        check_filters(self.temperature, self.top_k, self.top_p, self.typical_p)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError when `top_k` is larger than the vocabulary."""
-        if self.top_k is not None and self.top_k > vocab_size:
-            raise ValueError(
-                f"top_k {self.top_k} is larger than the vocabulary of {vocab_size}; {vocab_size} keeps all ids"
-            )
+        check_top_k(self.top_k, vocab_size)
 
 
 def token_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -60,28 +49,13 @@ def token_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     Raises:
         ValueError: `top_k` is larger than the vocabulary.
     """
-    params.check_vocabulary(logits.shape[-1])
-    logits = logits.float() / params.temperature
-    if params.top_k is not None:
-        smallest = logits.topk(params.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    probs = logits.softmax(dim=-1)
-    if params.top_p < 1:
-        probs = _keep_mass(probs, rank=-probs, mass=params.top_p)
-    if params.typical_p < 1:
-        surprise = -probs.clamp_min(1e-30).log()
-        entropy = (probs * surprise).sum(dim=-1, keepdim=True)
-        probs = _keep_mass(probs, rank=(surprise - entropy).abs(), mass=params.typical_p)
-    return probs
-
-
-def _keep_mass(probs: Tensor, rank: Tensor, mass: float) -> Tensor:
-    """Renormalised `probs` of the ids that come first by ascending `rank`, until their mass reaches `mass`."""
-    order = rank.argsort(dim=-1, stable=True)
-    ranked = probs.gather(-1, order)
-    before = ranked.cumsum(dim=-1) - ranked  # mass of the ids ranked before each one
-    kept = torch.zeros_like(probs).scatter(-1, order, ranked * (before < mass))
-    return kept / kept.sum(dim=-1, keepdim=True)
+    return filtered_probabilities(
+        logits,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        typical_p=params.typical_p,
+    )
 
 
 def sample(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> Tensor:
@@ -93,14 +67,6 @@ def sample(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> Tensor:
         uniforms: `[...]` in [0, 1), one draw per distribution.
 
     Returns:
-        `[...]` int64.
+        `[...]` int64; -1 where the logits are no distribution: a NaN, +inf, or none of them finite.
     """
     return draw(token_probabilities(logits, params), uniforms)
-
-
-def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """As `sample`, from probabilities `[... v]`, which need not sum to 1."""
-    cumulative = probs.double().cumsum(dim=-1)  # [... v]
-    target = uniforms.to(probs.device).double()[..., None] * cumulative[..., -1:]
-    # side="right": an id without probability has an empty interval and is never drawn.
-    return torch.searchsorted(cumulative, target, right=True)[..., 0].clamp(max=probs.shape[-1] - 1)

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from vistok.kernels.attention.rules import Rule, rule_of
 
 
 class AttentionMask:
     """Base of all masks. `dense` is the definition; a backend may use a cheaper form of the same mask.
 
     A mask is not changed after it was made: a model makes one per forward pass, and all its layers share it.
+
+    What a key holds reaches exactly those queries that see it, as far as it is finite. A NaN may spread from a key that
+    some query sees to others, as 0 * NaN is NaN. Only with `hides_keys` may keys that nobody sees hold a NaN.
     """
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether nobody may see some keys, which then may hold anything: `KeyMask`, `TreeMask`, and these and others."""
+        return False
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether `dense` adds to the logits."""
+        return False
+
+    def check(self, num_queries: int, num_keys: int) -> None:
+        """Raises ValueError where the mask is one of another number of queries or keys."""
+        return
+
+    def rule(self, num_queries: int, num_keys: int, device: torch.device) -> Rule:
+        """A boolean mask as a function of indices; what it reads lies on the device."""
+        return rule_of(self.dense(num_queries, num_keys, device))
 
     def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         """Boolean, `True` means attend, or values added to the logits; broadcasts to `[b h num_queries num_keys]`."""
@@ -44,17 +68,45 @@ class CausalMask(AttentionMask):
         key_positions = torch.arange(num_keys, device=device)
         return (key_positions <= query_positions[:, None])[None, None]  # [1 1 q k]
 
+    def rule(self, num_queries: int, num_keys: int, device: torch.device) -> Rule:
+        offset = torch.tensor(num_keys - num_queries, device=device)
+        return Rule(lambda row, head, query, key: key <= query + offset)
+
 
 @dataclass(frozen=True)
 class KeyMask(AttentionMask):
-    """`keep [b k]`, boolean: keys where it is `False` (padding, a dropped text) are seen by nobody."""
+    """Keys that are padding, or of a dropped text, are seen by nobody.
+
+    Args:
+        keep: `[b k]` boolean, `False` where nobody looks.
+        lengths: set by `prefix`.
+    """
 
     keep: Tensor
+    lengths: tuple[int, ...] | None = None
 
-    def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    @classmethod
+    def prefix(cls, lengths: Sequence[int], num_keys: int) -> KeyMask:
+        """Row i keeps the first `lengths[i]` of its keys; known on the host, so that kernels for lengths can take it.
+
+        Raises:
+            ValueError: a length beyond the keys.
+        """
+        if not all(0 <= length <= num_keys for length in lengths):
+            raise ValueError(f"lengths {list(lengths)} must lie between 0 and the {num_keys} keys")
+        return cls(torch.arange(num_keys) < torch.tensor(lengths)[:, None], tuple(lengths))
+
+    @property
+    def hides_keys(self) -> bool:
+        return True
+
+    def check(self, num_queries: int, num_keys: int) -> None:
         if self.keep.shape[-1] != num_keys:
             raise ValueError(f"KeyMask covers {self.keep.shape[-1]} keys, the attention has {num_keys}")
-        return self.keep.to(device)[:, None, None, :]  # [b 1 1 k]
+
+    def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        self.check(num_queries, num_keys)
+        return self.once("keep", device, lambda: self.keep.to(device))[:, None, None, :]  # [b 1 1 k]
 
 
 @dataclass(frozen=True)
@@ -98,6 +150,17 @@ class OrderMask(AttentionMask):
         self.check(num_queries, num_keys)
         return self.once("dense", device, lambda: self._dense(device))
 
+    def rule(self, num_queries: int, num_keys: int, device: torch.device) -> Rule:
+        mask = self.to(device)
+        query_ranks, key_ranks, is_private = mask.query_ranks, mask.key_ranks, mask.is_private
+
+        def allows(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            query_rank = query_ranks[row, query] if query_ranks.ndim == 2 else query_ranks[query]
+            key_rank = key_ranks[row, key] if key_ranks.ndim == 2 else key_ranks[key]
+            return OrderMask.allows(query_rank, key_rank, None if is_private is None else is_private[key])
+
+        return Rule(allows, self.batch_size)
+
     def to(self, device: torch.device) -> OrderMask:
         """As `Tensor.to`."""
         is_private = None if self.is_private is None else self.is_private.to(device)
@@ -115,6 +178,10 @@ class LastKeyRepeats(AttentionMask):
     """Every key is seen, and the last one counts as `count` equal keys: its logit grows by `log(count)`."""
 
     count: int
+
+    @property
+    def is_additive(self) -> bool:
+        return True
 
     def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         added = torch.zeros(num_keys)
@@ -149,6 +216,10 @@ class PackedMask(AttentionMask):
         ids = self.sequence_ids(device)
         return (ids[:, None] == ids)[None, None]  # [1 1 n n]
 
+    def rule(self, num_queries: int, num_keys: int, device: torch.device) -> Rule:
+        ids = self.sequence_ids(device)
+        return Rule(lambda row, head, query, key: ids[query] == ids[key])
+
 
 @dataclass(frozen=True)
 class SelfMask(AttentionMask):
@@ -158,67 +229,102 @@ class SelfMask(AttentionMask):
         places = torch.arange(num_keys - num_queries, num_keys, device=device)
         return (torch.arange(num_keys, device=device) == places[:, None])[None, None]  # [1 1 q k]
 
+    def rule(self, num_queries: int, num_keys: int, device: torch.device) -> Rule:
+        offset = torch.tensor(num_keys - num_queries, device=device)
+        return Rule(lambda row, head, query, key: key == query + offset)
+
 
 @dataclass(frozen=True)
 class TreeMask(AttentionMask):
     """The queries are nodes of a tree, the keys a cache whose rows advance separately.
 
-    Row i of the keys holds `lengths[i]` committed positions, then `t` nodes, then padding up to the longest row. The
-    queries are the last `q` of the nodes; each sees the committed positions of its row, its ancestors and itself.
+    Row i of the keys holds `lengths[i]` committed positions, then `t` nodes, then what nobody sees, as much as there is.
+    The queries are the last `q` of the nodes; each sees the committed positions of its row, its ancestors and itself.
 
     Args:
         lengths: `[b]` int64.
-        ancestors: `[b q t]` boolean: node j is the query's node or above it.
+        ancestors: `[b q t]` or `[1 q t]` boolean: node j is the query's node or above it.
+        keep: `[b m]` boolean: which of the first `m` positions are seen, of those that are committed; `None`: all.
     """
 
     lengths: Tensor
     ancestors: Tensor
+    keep: Tensor | None = None
 
     @property
-    def num_keys(self) -> int:
-        """Positions of the longest row with its nodes."""
-        longest = self.once("longest", self.lengths.device, lambda: int(self.lengths.max()))
-        return longest + self.ancestors.shape[2]
+    def hides_keys(self) -> bool:
+        return True
 
-    def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        expected = (self.ancestors.shape[1], self.num_keys)
-        if expected != (num_queries, num_keys):
+    def check(self, num_queries: int, num_keys: int) -> None:
+        _, most_queries, num_nodes = self.ancestors.shape
+        if num_queries != most_queries or num_keys < num_nodes:
             raise ValueError(
-                f"TreeMask covers {expected[0]} queries and {expected[1]} keys, "
+                f"TreeMask covers {most_queries} queries and at least {num_nodes} keys, "
                 f"the attention has {num_queries} and {num_keys}"
             )
-        return self.once("dense", device, lambda: self._dense(num_keys, device))
+
+    def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        self.check(num_queries, num_keys)
+        return self.once(f"dense over {num_keys}", device, lambda: self._dense(num_keys, device))
 
     def _dense(self, num_keys: int, device: torch.device) -> Tensor:
         lengths, ancestors = self.lengths.to(device), self.ancestors.to(device)
-        node = (
-            torch.arange(num_keys, device=device) - lengths[:, None]
-        )  # [b k], of the key; negative: committed
+        # Of each key, which node it is; negative: committed.
+        node = torch.arange(num_keys, device=device) - lengths[:, None]  # [b k]
         last = ancestors.shape[2] - 1
         places = node.clamp(0, last)[:, None].expand(-1, ancestors.shape[1], -1)  # [b q k]
-        is_above = ancestors.gather(2, places) & (node <= last)[:, None]
-        return (is_above | (node < 0)[:, None])[:, None]  # [b 1 q k]
+        is_above = ancestors.expand(len(lengths), -1, -1).gather(2, places) & (node <= last)[:, None]
+        is_seen = node < 0
+        if self.keep is not None:
+            seen = min(num_keys, self.keep.shape[1])
+            is_seen = is_seen & F.pad(self.keep[:, :seen].to(device), (0, num_keys - seen), value=True)
+        return (is_above | is_seen[:, None])[:, None]  # [b 1 q k]
 
 
 @dataclass(frozen=True)
-class EitherMask(AttentionMask):
-    """A pair may attend where one of two boolean masks allows it."""
+class _Joined(AttentionMask):
+    """Two boolean masks of the same queries and keys."""
 
     left: AttentionMask
     right: AttentionMask
+
+    def __post_init__(self) -> None:
+        for mask in (self.left, self.right):
+            if mask.is_additive:
+                raise ValueError(f"{type(mask).__name__} adds to logits, it cannot be joined with & or |")
+
+    def check(self, num_queries: int, num_keys: int) -> None:
+        self.left.check(num_queries, num_keys)
+        self.right.check(num_queries, num_keys)
+
+
+class EitherMask(_Joined):
+    """A pair may attend where one of two boolean masks allows it."""
+
+    @property
+    def hides_keys(self) -> bool:
+        return self.left.hides_keys and self.right.hides_keys
 
     def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         left = self.left.dense(num_queries, num_keys, device)
         return left | self.right.dense(num_queries, num_keys, device)
 
+    def rule(self, num_queries: int, num_keys: int, device: torch.device) -> Rule:
+        left = self.left.rule(num_queries, num_keys, device)
+        return left | self.right.rule(num_queries, num_keys, device)
 
-@dataclass(frozen=True)
-class BothMask(AttentionMask):
+
+class BothMask(_Joined):
     """A pair may attend where both masks allow it."""
 
-    left: AttentionMask
-    right: AttentionMask
+    @property
+    def hides_keys(self) -> bool:
+        return self.left.hides_keys or self.right.hides_keys
 
     def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         left = self.left.dense(num_queries, num_keys, device)
         return left & self.right.dense(num_queries, num_keys, device)
+
+    def rule(self, num_queries: int, num_keys: int, device: torch.device) -> Rule:
+        left = self.left.rule(num_queries, num_keys, device)
+        return left & self.right.rule(num_queries, num_keys, device)

@@ -73,6 +73,27 @@ class OrderedGenerator(Generator):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define step()")
 
+    def feed(self, indices: Tensor, cache: Any) -> tuple[Tensor, ...]:
+        """The part of `step` that computes, so that it can be compiled: shapes are static, the host reads no value.
+
+        Args:
+            indices: `[b k]` int64, the tokens of one step.
+            cache: with rows of their own lengths, see `KVCache.split_rows`; `advance` goes after it.
+
+        Returns:
+            What `next_logits` takes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no part of a step that can be compiled")
+
+    def next_logits(self, outputs: tuple[Tensor, ...], num_fed: int) -> Tensor:
+        """The logits of the positions that the order decides next, as `step` returns them.
+
+        Args:
+            outputs: from `feed`.
+            num_fed: tokens of an image that were fed so far.
+        """
+        return outputs[0]
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -113,11 +134,14 @@ class NextTokenGenerator(OrderedGenerator):
 
         Returns:
             Features `[r t d]` and logits `[r t v]` of all nodes.
-
-        Raises:
-            ValueError: the mask was made for other lengths than those of the cache.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define read_nodes()")
+
+    def feed(self, indices: Tensor, cache: Any) -> tuple[Tensor, ...]:
+        depths = torch.arange(indices.shape[1], device=indices.device)
+        earlier = depths <= depths[:, None]
+        mask = TreeMask(cache.lengths, earlier[None])
+        return (self.read_nodes(indices, depths.expand(len(indices), -1), mask, cache).logits,)
 
     def features_to_logits(self, features: Tensor) -> Tensor:
         """The head: `[r n d]` -> `[r n v]`."""

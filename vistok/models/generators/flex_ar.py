@@ -85,12 +85,26 @@ class FlexARCache(KVCache):
 
     text: list[TextKeys] | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """See `KVCache`."""
+        return [*super().tensors(), *(x for text in self.text or [] for x in (text.keys, text.values, text.keep))]
+
     def narrow(self, batch_size: int) -> FlexARCache:
         """See `KVCache.narrow`."""
         view = super().narrow(batch_size)
         assert isinstance(view, FlexARCache)
         view.text = None if self.text is None else [keys.narrow(batch_size) for keys in self.text]
         return view
+
+    def put_rows(self, slots: Tensor, source: KVCache, rows: Tensor) -> None:
+        """See `KVCache.put_rows`; texts are padded to the longest that was ever put there."""
+        super().put_rows(slots, source, rows)
+        assert isinstance(source, FlexARCache)
+        if source.text is None:
+            return
+        if self.text is None:
+            self.text = [keys.blank(self.batch_size) for keys in source.text]
+        self.text = [mine.put_rows(slots, keys, rows) for mine, keys in zip(self.text, source.text, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,26 @@ class TextKeys:
     def narrow(self, batch_size: int) -> TextKeys:
         """Those of the first rows."""
         return TextKeys(self.keys[:batch_size], self.values[:batch_size], self.keep[:batch_size])
+
+    def blank(self, batch_size: int) -> TextKeys:
+        """Of so many rows that hold nothing, as long as these."""
+        parts = (self.keys, self.values, self.keep)
+        return TextKeys(*(part.new_zeros(batch_size, *part.shape[1:]) for part in parts))
+
+    def put_rows(self, slots: Tensor, source: TextKeys, rows: Tensor) -> TextKeys:
+        """These with other texts in the rows `slots`: in place, unless the others are longer."""
+        length = max(self.keep.shape[1], source.keep.shape[1])
+        mine, new = self._padded(length), source._padded(length)
+        for stored, other in ((mine.keys, new.keys), (mine.values, new.values), (mine.keep, new.keep)):
+            stored[slots] = other[rows]
+        return mine
+
+    def _padded(self, length: int) -> TextKeys:
+        more = length - self.keep.shape[1]
+        if not more:
+            return self
+        keys, values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
+        return TextKeys(keys, values, F.pad(self.keep, (0, more)))
 
 
 class FlexAR(NextTokenGenerator):

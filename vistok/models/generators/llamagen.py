@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -149,12 +149,26 @@ class GridCache(KVCache):
         self.step_sizes = step_sizes
         self.keep: Tensor | None = None  # [b max_length], False on the padding of a text; prefill sets it
 
+    def tensors(self) -> list[Tensor]:
+        """See `KVCache`."""
+        return [*super().tensors(), *([] if self.keep is None else [self.keep])]
+
     def narrow(self, batch_size: int) -> GridCache:
         """See `KVCache.narrow`."""
         view = super().narrow(batch_size)
         assert isinstance(view, GridCache)
         view.keep = None if self.keep is None else self.keep[:batch_size]
         return view
+
+    def put_rows(self, slots: Tensor, source: KVCache, rows: Tensor) -> None:
+        """See `KVCache.put_rows`."""
+        super().put_rows(slots, source, rows)
+        assert isinstance(source, GridCache)
+        if source.keep is None:
+            return
+        if self.keep is None:
+            self.keep = source.keep.new_ones(self.batch_size, self.max_length)
+        self.keep[slots, : source.max_length] = source.keep[rows]
 
 
 class GridTransformer(OrderedGenerator):
@@ -286,16 +300,14 @@ class GridTransformer(OrderedGenerator):
             mask = keys if mask is None else mask & keys
         return self.trunk(self.token_embed(indices), _part(cache.rope, first, last), mask, cache)
 
-    def read_tree(self, indices: Tensor, depths: Tensor, tree: TreeMask, cache: GridCache) -> Tensor:
-        """Feed nodes `[r t]` of a tree; returns the residual stream after the last block, `[r t d]`."""
+    def read_tree(
+        self, indices: Tensor, depths: Tensor, tree: TreeMask, cache: GridCache
+    ) -> tuple[Tensor, Tensor]:
+        """Feed nodes `[r t]` of a tree; returns what `trunk` does at them, `[r t d]` each."""
         places = cache.node_places(depths).clamp(max=self.prefix.length + self.num_tokens - 1)  # [r t]
         cos, sin = (factors[places][:, None] for factors in cache.rope)  # [r 1 t d/2]
-        mask: AttentionMask = tree
-        if cache.keep is not None:
-            num_keys = tree.num_keys
-            keep = F.pad(cache.keep, (0, max(0, num_keys - cache.keep.shape[1])), value=True)
-            mask = tree & KeyMask(keep[:, :num_keys])
-        return self.trunk(self.token_embed(indices), (cos, sin), mask, cache)[1]
+        mask = tree if cache.keep is None else replace(tree, keep=cache.keep)
+        return self.trunk(self.token_embed(indices), (cos, sin), mask, cache)
 
 
 @dataclass(frozen=True)
@@ -370,12 +382,11 @@ class GridAttention(nn.Module):
         """`[b n d]` -> `[b n d]`; with a cache, the keys are all that were appended so far."""
         qkv = rearrange(self.qkv(hidden_states), "b n (h d) -> b h n d", d=self.head_dim)
         q, k, v = qkv.split(self.heads, dim=1)  # [b h n d] each
-        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.append(k, v)
-        if q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return self.proj(rearrange(attention(q, k, v, mask), "b h n d -> b n (h d)"))
+            seen = cache.attend(q, k, v, mask, rope)
+        else:
+            seen = attention(rotate(q, *rope), rotate(k, *rope), v, mask)
+        return self.proj(rearrange(seen, "b h n d -> b n (h d)"))
 
 
 class ClassPrefix(nn.Module):
@@ -484,7 +495,7 @@ class LlamaGen(GridTransformer, NextTokenGenerator):  # type: ignore[misc]  # as
         return Reading(features, self.features_to_logits(features[:, -1:]))
 
     def read_nodes(self, indices: Tensor, depths: Tensor, mask: TreeMask, cache: GridCache) -> Reading:
-        features = self.norm(self.read_tree(indices, depths, mask, cache))
+        features = self.norm(self.read_tree(indices, depths, mask, cache)[1])
         return Reading(features, self.features_to_logits(features))
 
     def step(self, indices: Tensor, cache: GridCache) -> Tensor:

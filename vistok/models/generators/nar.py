@@ -8,12 +8,14 @@ a diagonal see each other once they are decided.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vistok.kernels.attention import TreeMask
 from vistok.models.generators.caption_cleaning import clean_caption
 from vistok.models.generators.llamagen import PRESETS as LLAMAGEN_PRESETS
 from vistok.models.generators.llamagen import (
@@ -89,6 +91,18 @@ class NAR(GridTransformer):
         # What is in the cache was decided before, or with them: they see all of it.
         features = self.read_next(indices, cache, mask=None)
         return merge_heads(*self.logits(*features), step + 1, self.options.grid_size)
+
+    def feed(self, indices: Tensor, cache: GridCache) -> tuple[Tensor, Tensor]:
+        depths = torch.arange(indices.shape[1], device=indices.device)
+        together = torch.ones_like(depths, dtype=torch.bool).expand(1, len(depths), -1)
+        mask = TreeMask(cache.lengths, together)
+        return self.logits(*self.read_tree(indices, depths.expand(len(indices), -1), mask, cache))
+
+    def next_logits(self, outputs: tuple[Tensor, ...], num_fed: int) -> Tensor:
+        right, below = outputs
+        sizes = self.order.decided_at().bincount().tolist()
+        step = list(accumulate(sizes)).index(num_fed) + 1
+        return merge_heads(right, below, step, self.options.grid_size)
 
     def _last_step(self, cache: GridCache) -> tuple[int, int]:
         """The step whose tokens come next into the cache, and how many they are."""

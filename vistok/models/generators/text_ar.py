@@ -171,12 +171,24 @@ class TextARCache(KVCache):
 
     summary: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """See `KVCache`; after `prefill`."""
+        return [*super().tensors(), self.summary]
+
     def narrow(self, batch_size: int) -> TextARCache:
         """See `KVCache.narrow`; after `prefill`."""
         view = super().narrow(batch_size)
         assert isinstance(view, TextARCache)
         view.summary = self.summary[:batch_size]
         return view
+
+    def put_rows(self, slots: Tensor, source: KVCache, rows: Tensor) -> None:
+        """See `KVCache.put_rows`."""
+        super().put_rows(slots, source, rows)
+        assert isinstance(source, TextARCache)
+        if not hasattr(self, "summary"):
+            self.summary = source.summary.new_zeros(self.batch_size, *source.summary.shape[1:])
+        self.summary[slots] = source.summary[rows]
 
 
 class ByteEncoder(nn.Module):

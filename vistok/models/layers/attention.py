@@ -66,6 +66,9 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(hidden_states)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None and not self.float32_attention and num_queries is None:
+            hidden_states = cache.attend(q, k, v, mask, rotation)  # [b h n d]
+            return self.proj(rearrange(hidden_states, "b h n d -> b n (h d)"))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if num_queries is not None:

@@ -8,22 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vistok.kernels.attention import AttentionMask, TreeMask, attention
+from vistok.kernels.decode_attention import decode_attention
+from vistok.models.layers.rope import Rotation, rotate
+
 
 class RowLengths:
     """How far the rows of a cache have come, where they advance separately; its layers share it.
 
     Attributes:
-        lengths: `[b]` int64, positions that are committed.
-        longest: the largest of them.
+        lengths: `[b]` int64, positions that are committed. They stay on their device.
+        most: what the longest row has at most, as far as the host knows.
+        can_grow: whether there is more storage where nodes find no room.
     """
 
-    def __init__(self, lengths: Tensor) -> None:
-        self.set(lengths)
-
-    def set(self, lengths: Tensor) -> None:
-        """Other lengths for all rows."""
+    def __init__(self, lengths: Tensor, most: int, can_grow: bool) -> None:
         self.lengths = lengths
-        self.longest = int(lengths.max()) if len(lengths) else 0
+        self.most = most
+        self.can_grow = can_grow
 
     def places(self, first: int, count: int) -> Tensor:
         """The positions `[b count]` from the `first` on behind what is committed."""
@@ -33,8 +35,8 @@ class RowLengths:
 class LayerCache:
     """Keys and values of one layer, `[b h max_length d]`, filled up to `length`.
 
-    With `rows`, each row is filled up to its own length, and `length` counts the positions behind it that `commit` has
-    not decided about.
+    With `rows`, each row is filled up to its own length, and `length` counts the positions behind it that have not been
+    committed.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -43,19 +45,63 @@ class LayerCache:
         self.length = 0
         self.rows: RowLengths | None = None
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, rotation: Rotation | None = None
+    ) -> Tensor:
+        """Store new keys and values, and let new queries attend to everything stored.
+
+        Args:
+            q: `[b h n d]`, not rotated yet.
+            k, v: `[b hk n d]`.
+            mask: who sees whom; for rows that advance separately a `TreeMask`.
+            rotation: turns the queries and the new keys.
+
+        Returns:
+            `[b h n d]`.
+        """
+        if self.rows is not None and self.length == 0 and isinstance(mask, TreeMask):
+            return self._attend_rows(q, k, v, mask, self.rows, rotation)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return attention(q, *self.append(k, v), mask)
+
+    def _attend_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, rows: RowLengths, rotation: Rotation | None
+    ) -> Tensor:
+        """One operator for all of it, which leaves the lengths on the device."""
+        self._check_rows(k)
+        self._make_room(k.shape[2], rows)
+        self.length = k.shape[2]
+        keep = mask.keep
+        if keep is not None and keep.shape[1] < self.keys.shape[2]:
+            keep = F.pad(keep, (0, self.keys.shape[2] - keep.shape[1]), value=True)
+        return decode_attention(
+            q,
+            k,
+            v,
+            self.keys,
+            self.values,
+            rows.lengths,
+            ancestors=mask.ancestors,
+            rotation=rotation,
+            keep=keep,
+        )
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a block `[b h n d]` and return views of everything stored, `[b h length d]`.
 
-        Rows that advance separately get it behind their own positions; the views then end with those of the longest,
-        and hold arbitrary values behind the others.
+        Rows that advance separately get it behind their own positions; the views are then of the whole storage, which
+        holds arbitrary values behind what a row has.
 
         Raises:
             ValueError: the block does not fit, or has another number of rows.
         """
-        if len(keys) != len(self.keys):
-            raise ValueError(f"the cache has {len(self.keys)} rows, {len(keys)} came")
+        self._check_rows(keys)
         if self.rows is not None:
-            return self._append_to_rows(keys, values, self.rows)
+            self._make_room(self.length + keys.shape[2], self.rows)
+            self._put(self.rows.places(self.length, keys.shape[2]), keys, values)
+            self.length += keys.shape[2]
+            return self.keys, self.values
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             raise ValueError(f"the cache holds {self.keys.shape[2]} positions, {end} were asked for")
@@ -64,17 +110,17 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _append_to_rows(self, keys: Tensor, values: Tensor, rows: RowLengths) -> tuple[Tensor, Tensor]:
-        places = rows.places(self.length, keys.shape[2])
-        self.length += keys.shape[2]
-        end = rows.longest + self.length
-        if (
-            end > self.keys.shape[2]
-        ):  # nodes come on top of what an image needs; how many, the first tree says
-            missing = end - self.keys.shape[2] + self.length
+    def _check_rows(self, keys: Tensor) -> None:
+        if len(keys) != len(self.keys):
+            raise ValueError(f"the cache has {len(self.keys)} rows, {len(keys)} came")
+
+    def _make_room(self, num_nodes: int, rows: RowLengths) -> None:
+        """Nodes come on top of what an image needs; how many, the first tree says."""
+        if not rows.can_grow:
+            return
+        missing = rows.most + num_nodes - self.keys.shape[2]
+        if missing > 0:
             self.keys, self.values = (F.pad(x, (0, 0, 0, missing)) for x in (self.keys, self.values))
-        self._put(places, keys, values)
-        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def _put(self, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write `[b h n d]` to positions `[b n]` of its row."""
@@ -89,6 +135,11 @@ class LayerCache:
         kept = self.keys.gather(2, source), self.values.gather(2, source)
         self._put(rows.places(0, path.shape[1]), *kept)
         self.length = 0
+
+    def put_rows(self, slots: Tensor, source: LayerCache, rows: Tensor) -> None:
+        """See `KVCache.put_rows`."""
+        self.keys[slots, :, : source.length] = source.keys[rows, :, : source.length]
+        self.values[slots, :, : source.length] = source.values[rows, :, : source.length]
 
     def narrow(self, batch_size: int) -> LayerCache:
         """The first rows, which share their storage; what either appends later does not count for the other."""
@@ -158,6 +209,25 @@ class KVCache:
         """Rows."""
         return len(self.layers[0].keys)
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, one row per row of the batch each; those of one kind of cache come in one order."""
+        stored = [x for layer in self.layers for x in (layer.keys, layer.values)]
+        return stored if self.rows is None else [self.rows.lengths, *stored]
+
+    def load(self, other: KVCache) -> None:
+        """Take over the contents of a cache of the same shapes whose rows are split, in place.
+
+        Raises:
+            ValueError: the rows are not split, or the shapes differ.
+        """
+        rows, theirs = self._own_rows(), other._own_rows()
+        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+            if mine.shape != new.shape:
+                raise ValueError(f"a cache of {list(new.shape)} cannot be loaded into one of {list(mine.shape)}")
+            mine.copy_(new)
+        self.forget_nodes()
+        rows.most = theirs.most
+
     def narrow(self, batch_size: int) -> KVCache:
         """The first rows as a cache of its own length that shares their storage; not once the rows are split."""
         if self.rows is not None:
@@ -177,12 +247,38 @@ class KVCache:
         for layer in self.layers:
             layer.length = length
 
-    def split_rows(self) -> None:
-        """From now on the rows advance separately: `append` adds nodes, `commit` decides which of them stay."""
-        rows = RowLengths(self.lengths)
+    def split_rows(self, *, can_grow: bool = True) -> None:
+        """From now on the rows advance separately: `append` adds nodes, `commit` decides which of them stay.
+
+        Nothing that happens to the rows then is waited for by the host.
+
+        Args:
+            can_grow: whether there is more storage where nodes find no room beside what an image needs. If not, it
+                stays where it is, and what finds no room is dropped.
+        """
+        rows = RowLengths(self.lengths, self.length, can_grow)
         self.rows = rows
         for layer in self.layers:
             layer.rows, layer.length = rows, 0
+
+    def advance(self, count: int) -> None:
+        """Commit the `count` nodes appended last, in all rows, without moving any.
+
+        Raises:
+            ValueError: the rows are not split, or it is more than the cache was made for.
+        """
+        rows = self._own_rows()
+        if rows.most + count > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} positions, {rows.most + count} were asked for")
+        self.forget_nodes()
+        rows.lengths += count  # in place: a CUDA graph reads them
+        rows.most += count
+
+    def forget_nodes(self) -> None:
+        """Forget the nodes that are not committed."""
+        self._own_rows()
+        for layer in self.layers:
+            layer.length = 0
 
     def commit(self, path: Tensor, counts: Tensor) -> None:
         """Keep some of the nodes appended since the last `commit`, one behind the other, and forget the others.
@@ -192,29 +288,56 @@ class KVCache:
             counts: `[b]` int64, how many of the path stay.
 
         Raises:
-            ValueError: the rows are not split, or a path does not have so many nodes, or unknown ones.
+            ValueError: the rows are not split, or the paths are longer than there are nodes.
         """
-        rows = self._own_rows()
-        num_nodes = self.layers[0].length
-        is_kept = torch.arange(path.shape[1], device=path.device) < counts[:, None]
-        if int(counts.max()) > path.shape[1] or bool((is_kept & ((path < 0) | (path >= num_nodes))).any()):
-            raise ValueError(f"a path has fewer nodes than its count, or others than 0..{num_nodes - 1}")
+        rows, num_nodes = self._own_rows(), self.layers[0].length
+        if path.shape[1] > num_nodes:
+            raise ValueError(f"a path of {path.shape[1]} nodes was chosen among {num_nodes}")
         for layer in self.layers:
             layer.keep(path.clamp_min(0), rows)
-        rows.set(rows.lengths + counts)
+        rows.lengths = rows.lengths + counts
+        rows.most = min(rows.most + path.shape[1], self.max_length)
 
     def rollback_rows(self, lengths: Tensor) -> None:
         """Forget of every row what lies from `lengths [b]` on, and all nodes that are not committed.
 
         Raises:
-            ValueError: the rows are not split, or a length is negative or beyond what is committed.
+            ValueError: the rows are not split.
         """
         rows = self._own_rows()
-        if bool(((lengths < 0) | (lengths > rows.lengths)).any()):
-            raise ValueError(f"cannot roll back to {lengths.tolist()}: {rows.lengths.tolist()} are committed")
+        self.forget_nodes()
+        rows.lengths = torch.minimum(lengths, rows.lengths)
+
+    def advance_rows(self, counts: Tensor) -> None:
+        """Commit of each row the first `counts [b]` of the nodes appended since the last `commit`, without moving any.
+
+        Raises:
+            ValueError: the rows are not split.
+        """
+        rows, num_nodes = self._own_rows(), self.layers[0].length
         for layer in self.layers:
             layer.length = 0
-        rows.set(lengths)
+        rows.lengths += counts
+        rows.most = min(rows.most + num_nodes, self.max_length)
+
+    def put_rows(self, slots: Tensor, source: KVCache, rows: Tensor) -> None:
+        """Begin some rows anew, with what rows of another cache hold; the others stay as they are.
+
+        Args:
+            slots: `[m]` int64, which rows of this cache; none twice.
+            source: of the same model; its rows advance together.
+            rows: `[m]` int64, the row of the source for each of them.
+
+        Raises:
+            ValueError: the rows of this cache are not split, or the source holds more than fits.
+        """
+        own = self._own_rows()
+        if source.length > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} positions, {source.length} were to be put there")
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            layer.put_rows(slots, other, rows)
+        own.lengths.index_fill_(0, slots, source.length)
+        own.most = max(own.most, source.length)
 
     def _own_rows(self) -> RowLengths:
         if self.rows is None:

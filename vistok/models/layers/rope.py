@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [n d/2] or [b 1 n d/2] each
+from vistok.kernels.rotation import Rotation, rotate
+
+__all__ = ["Rotation", "axial_rope", "rotate"]
 
 
 def axial_rope(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Rotation:
@@ -35,19 +37,3 @@ def axial_rope(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Rot
     angles = coordinates[..., None].float() * base**-powers  # [n axes head_dim/axes/2]
     angles = angles.flatten(-2)
     return angles.cos(), angles.sin()
-
-
-def rotate(hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channels (2p, 2p + 1) of queries or keys, in float32 or wider; returns the dtype of its input.
-
-    Args:
-        hidden_states: `[b h n d]`.
-        cos, sin: `[n d/2]`, from `axial_rope`, or `[b 1 n d/2]` where the rows have positions of their own.
-
-    Returns:
-        `[b h n d]`.
-    """
-    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(dim=-1)  # [b h n d/2] each
-    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return rotated.flatten(-2).to(hidden_states.dtype)
