@@ -41,6 +41,7 @@ PUBLIC = {
     "XAR": "vistok.models.generators.xar",
     "load": "vistok.hub",
     "load_image": "vistok.data.images",
+    "quantize_weights": "vistok.models.quantize",
 }
 
 __all__ = [*PUBLIC, "__version__"]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import vistok
 from vistok.files import home_folder
 from vistok.models import upstream
+from vistok.models.quantize import check_quantization, quantize_weights
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.upstream.keys import mismatches
 from vistok.models.upstream.releases import RELEASES, Release, matching_releases, possible_releases
@@ -36,6 +37,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
@@ -46,15 +48,20 @@ def load(
         name_or_path: a shipped name (`emoji-64`), a known release (`titok-l-32`), a local folder or file (saved by
             `save_pretrained`, or as officially released), or a hub id (`owner/name`). `vistok models` lists names.
         device, dtype: where and in which precision the weights end up.
+        quantization: `"int8"` keeps the weights of the blocks of a generator or tokenizer, of a pipeline those of its
+            generator, in 8 bits; see `quantize_weights`.
         revision, token, local_files_only: passed to the hub.
 
     Returns:
         A tokenizer or generator (diffusers `ModelMixin`) or a pipeline (`DiffusionPipeline`).
 
     Raises:
-        ValueError: an unknown name (the nearest known ones are given), or damaged or foreign weights.
+        ValueError: an unknown name (the nearest known ones are given) or quantization, or damaged or foreign weights.
         WeightsUnavailableError: the weights are not here and the hub cannot be reached.
+        ModuleNotFoundError: a quantization without torchao.
     """
+    if quantization is not None:
+        check_quantization(quantization)
     name, path = str(name_or_path), Path(name_or_path)
     hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
     if name in (models := shipped()):
@@ -69,7 +76,11 @@ def load(
         model = _load_hub_id(name, hub)
     else:
         raise ValueError(_unknown(name))
-    return model.to(device) if dtype == torch.float32 else model.to(device, dtype)
+    if dtype != torch.float32:
+        model.to(dtype)
+    if quantization is not None:
+        quantize_weights(getattr(model, "transformer", model), quantization)
+    return model.to(device)
 
 
 def load_pipeline(name_or_path: str | Path, **options: Any) -> ImagePipeline:

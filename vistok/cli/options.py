@@ -29,6 +29,10 @@ Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Image j of every p
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="int8: weights of the generator in 8 bits, for less memory; needs torchao. [default: none]"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")]
 
 

@@ -33,11 +33,11 @@ class CompiledCache:
 
     Args:
         state: the model's own cache.
-        num_fed: tokens of an image that were fed so far.
+        num_steps: how many steps were fed so far.
     """
 
     state: KVCache
-    num_fed: int = 0
+    num_steps: int = 0
 
 
 class CompiledGenerator:
@@ -93,8 +93,8 @@ class CompiledGenerator:
         """See `OrderedGenerator`."""
         outputs = self._programs(indices, cache.state)
         cache.state.advance(indices.shape[1])
-        cache.num_fed += indices.shape[1]
-        return self.model.next_logits(outputs, cache.num_fed)
+        cache.num_steps += 1
+        return self.model.next_logits(outputs, cache.num_steps)
 
     @torch.no_grad()
     def warm_up(self, condition: Condition, num_tokens: int | None = None) -> None:

@@ -20,6 +20,7 @@ P(S >= s). The best of the M lists counts, which are independent, hence `1 - (1 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -106,6 +107,12 @@ class Watermark:
     def for_seeds(cls, key: WatermarkKey, seeds: Sequence[int], strength: float = STRENGTH) -> Watermark:
         """The watermark of a batch with one seed per image."""
         return cls(key, [key.list_of(seed) for seed in seeds], strength)
+
+    def rows(self, part: slice) -> Watermark:
+        """The watermark of some of the images."""
+        some = copy.copy(self)
+        some.bias = self.bias[part]
+        return some
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Guided logits `[b k v]` -> the same shape.

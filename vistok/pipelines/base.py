@@ -15,7 +15,6 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from vistok.data.images import to_pil
 from vistok.decoding.given import Given
 from vistok.decoding.ordered import StepCallback, check_num_tokens
 from vistok.decoding.sampling import LogitsProcessor
@@ -24,12 +23,15 @@ from vistok.decoding.streams import ImageStreams
 from vistok.models.generators.base import Condition, Generator, OrderedGenerator, repeat_each
 from vistok.models.tokenizers.base import ImageTokenizer, NumTokens
 from vistok.order import RasterOrder
+from vistok.pipelines.batches import Batches
+from vistok.pipelines.compilation import Compilation
 from vistok.pipelines.decoder import ImageDecoder, Preview, PreviewCallback
-from vistok.pipelines.drawing import Conditions, Request, check_codes, draw, followed_order, num_steps
+from vistok.pipelines.drawing import Conditions, Request, check_codes, followed_order
 from vistok.pipelines.fit import check_fit
 from vistok.pipelines.inpainting import given_tokens
+from vistok.pipelines.offload import Offloading, onload
 from vistok.pipelines.settings import ALL_SETTINGS, Settings, override, settings_for
-from vistok.pipelines.speculation import SpeculativeDecoding, check_speculation, speculate
+from vistok.pipelines.speculation import SpeculativeDecoding, check_speculation
 from vistok.tokens import Tokens
 
 # diffusers' list of libraries that parts of a pipeline come from: model_index.json then names ours as "vistok".
@@ -53,7 +55,7 @@ class ImagePipelineOutput(BaseOutput):
     statistics: SpeculationStatistics | None = None
 
 
-class ImagePipeline(DiffusionPipeline):
+class ImagePipeline(Offloading, Compilation, DiffusionPipeline):
     """A tokenizer and an image model that fit each other.
 
     The model is called `transformer`, as in diffusers: `generator` is always a `torch.Generator`. Any generator fits any
@@ -78,7 +80,7 @@ class ImagePipeline(DiffusionPipeline):
         integrator: of xAR.
         last_timestep: of MAR.
         reuse_period, reuse_warm_up: of a masked generator, and of MAR.
-        decode_options: for `tokenizer.decode`.
+        decode_options: for `tokenizer.decode`; and `batch_size`, see `ImageDecoder`.
 
     Raises:
         ValueError: tokenizer and transformer do not fit, the transformer is conditioned on something else, or a setting
@@ -175,6 +177,7 @@ class ImagePipeline(DiffusionPipeline):
         callback_on_step_end: StepEnd | None,
         preview_callback: PreviewCallback | None,
         preview_at: Sequence[int] | None,
+        batch_size: int | None,
     ) -> ImagePipelineOutput | tuple:
         """What a call does once it knows its settings; see `ClassToImagePipeline.__call__` for the arguments.
 
@@ -191,24 +194,31 @@ class ImagePipeline(DiffusionPipeline):
         check_kept(given, lengths)
         streams = self._streams(seed, generator, num_prompts, num_images_per_prompt)
         decoder = self._decoder(streams, decode_options)
+        batches = Batches(lengths, batch_size)
         preview = self._preview(preview_callback, preview_at, lengths, decoder, output_type)
+        if preview is not None and len(batches.parts) > 1:
+            raise ValueError(
+                "previews show all images of a call, and batch_size draws some after the others; leave one of the two out"
+            )
         if speculation is not None:
             check_speculation(
                 self.transformer,
                 has_given=given is not None,
                 has_processor=logits_processor is not None,
                 has_preview=preview is not None,
+                is_offloading=self.is_offloading,
             )
         model = followed_order(self.transformer, given)
+        if speculation is None:
+            model = self.compiled(model)
         drawn_from = conditions()
-        with self._steps(num_steps(model, settings, lengths), callback_on_step_end, preview) as on_step:
+        onload(self.transformer)
+        with self._steps(batches.num_steps(model, settings), callback_on_step_end, preview) as on_step:
             request = Request(drawn_from, streams, lengths, given, logits_processor, on_step)
-            if speculation is None:
-                drawn, statistics = draw(model, settings, request), None
-            else:
-                result = speculate(model, settings, request, speculation)
-                drawn, statistics = result.tokens, result.statistics
-        return self._output(drawn, statistics, decoder, output_type, return_dict)
+            drawn, statistics = batches.draw(model, settings, request, speculation)
+        output = self._output(drawn, statistics, decoder, output_type, return_dict)
+        self.maybe_free_model_hooks()
+        return output
 
     def _streams(
         self, seed: int | Sequence[int], generator: Any, num_prompts: int, per_prompt: int
@@ -261,7 +271,13 @@ class ImagePipeline(DiffusionPipeline):
                 f"{type(self.transformer).__name__} decides its tokens in no fixed order: there are no previews"
             )
         kind = "pt" if output_type == "tokens" else output_type
-        return Preview(callback, lambda tokens: _convert(decoder(tokens), kind), lengths, at)
+
+        def decode(tokens: Tokens) -> Any:
+            images = decoder(tokens, kind)
+            onload(self.transformer)  # the tokenizer may have had its place
+            return images
+
+        return Preview(callback, decode, lengths, at)
 
     def _decoder(self, streams: ImageStreams, options: Mapping[str, Any] | None) -> ImageDecoder:
         """The tokenizer with the preset's decoding options, and those of the call on top of them."""
@@ -307,7 +323,9 @@ class ImagePipeline(DiffusionPipeline):
         output_type: str,
         return_dict: bool,
     ) -> ImagePipelineOutput | tuple:
-        result: Any = tokens if output_type == "tokens" else _convert(decoder(tokens), output_type)
+        result: Any = tokens
+        if output_type != "tokens":
+            result = decoder(tokens, output_type, progress_bar=self.progress_bar)
         return ImagePipelineOutput(images=result, statistics=statistics) if return_dict else (result,)
 
 
@@ -363,11 +381,3 @@ def _on_cpu(generator: torch.Generator) -> torch.Generator:
 def _seeded_from(generator: torch.Generator, count: int) -> list[torch.Generator]:
     seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=generator.device)
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-
-
-def _convert(images: Tensor, output_type: str) -> Any:
-    if output_type == "pt":
-        return images
-    if output_type == "np":
-        return ((images.float() + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
-    return to_pil(images)

@@ -76,6 +76,7 @@ class ClassToImagePipeline(ImagePipeline):
         callback_on_step_end: StepEnd | None = None,
         preview_callback: PreviewCallback | None = None,
         preview_at: Sequence[int] | None = None,
+        batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate `num_images_per_prompt` images of every class, class by class.
 
@@ -120,7 +121,8 @@ class ClassToImagePipeline(ImagePipeline):
             seed: image j of every class uses `seed + j`; or a list with one seed per image. An image is the same
                 whatever else is in the batch.
             generator: instead of `seed`, one `torch.Generator` per image, or one from which they are seeded.
-            decode_options: for `tokenizer.decode`, on top of the preset's.
+            decode_options: for `tokenizer.decode`, on top of the preset's; and `batch_size`, how many images are decoded
+                at a time, by default as many as fit into a few GB.
             output_type: `"pil"`, `"np"`, `"pt"` or `"tokens"`; see `ImagePipelineOutput`.
             return_dict: `False` returns a tuple.
             callback_on_step_end: called as `callback(pipeline, step, num_steps, {"indices": [b n]})`; undecided
@@ -130,6 +132,8 @@ class ClassToImagePipeline(ImagePipeline):
                 `callback(num_tokens, images)` with the images decoded from the tokens so far, coarse to fine, as
                 `output_type` says (a tensor where that is `"tokens"`).
             preview_at: after how many tokens; 1, 2, 4, 8, ... by default.
+            batch_size: draw so many images at a time, for calls of more than fit into memory; all together by default.
+                The images are the same. `callback_on_step_end` sees one batch after another, its steps counted on.
 
         Raises:
             ValueError: an unknown class, an ambiguous name, a setting outside its range or of another kind of
@@ -174,6 +178,7 @@ class ClassToImagePipeline(ImagePipeline):
             callback_on_step_end=callback_on_step_end,
             preview_callback=preview_callback,
             preview_at=preview_at,
+            batch_size=batch_size,
         )
 
     def _conditions(

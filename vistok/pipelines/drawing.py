@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vistok.decoding.compiled import CompiledGenerator
 from vistok.decoding.flow_sampling import generate_flow
 from vistok.decoding.given import Given
 from vistok.decoding.mar_sampling import generate_mar
@@ -70,14 +71,14 @@ class Request:
     on_step: StepCallback
 
 
-def num_steps(model: Generator, settings: Settings, lengths: Tensor) -> int:
+def num_steps(model: Generator | CompiledGenerator, settings: Settings, lengths: Tensor) -> int:
     """Steps until images of `lengths [b]` are drawn."""
     if isinstance(settings, MaskedSettings):
         return settings.num_inference_steps
     if isinstance(settings, DiffusionSettings):
         assert settings.num_steps is not None
         return settings.num_steps
-    assert isinstance(model, OrderedGenerator | XAR)
+    assert isinstance(model, OrderedGenerator | CompiledGenerator | XAR)
     return int(lengths.max()) if isinstance(model.order, RasterOrder) else model.order.num_steps
 
 
@@ -116,12 +117,14 @@ def followed_order(model: Generator, given: Given | None) -> Generator:
     return model.with_order(GivenFirst(model.num_tokens, model.order, positions))
 
 
-def draw(model: Generator, settings: Settings, request: Request) -> Tokens:
+def draw(model: Generator | CompiledGenerator, settings: Settings, request: Request) -> Tokens:
     """The first `request.lengths` tokens of every image, with the loop that goes with the settings."""
     return LOOPS[type(settings)](model, settings, request).keep(request.lengths)
 
 
-def _draw_ordered(model: OrderedGenerator, settings: OrderedSettings, request: Request) -> Tokens:
+def _draw_ordered(
+    model: OrderedGenerator | CompiledGenerator, settings: OrderedSettings, request: Request
+) -> Tokens:
     given, most = request.given, int(request.lengths.max())
     return generate_ordered(
         model,

@@ -34,7 +34,9 @@ class SpeculativeDecoding:
     rule: AcceptRule = field(default_factory=StrictRule)
 
 
-def check_speculation(model: Generator, *, has_given: bool, has_processor: bool, has_preview: bool) -> None:
+def check_speculation(
+    model: Generator, *, has_given: bool, has_processor: bool, has_preview: bool, is_offloading: bool
+) -> None:
     """Raises ValueError when a call asks for what only plain decoding does."""
     if not isinstance(model, NextTokenGenerator):
         raise ValueError(
@@ -44,6 +46,7 @@ def check_speculation(model: Generator, *, has_given: bool, has_processor: bool,
         "tokens and keep": has_given,
         "a logits_processor or watermark": has_processor,
         "previews": has_preview,
+        "models that are offloaded, of which a drafter is none": is_offloading,
     }
     for wish, is_there in wishes.items():
         if is_there:

@@ -139,6 +139,7 @@ class TextToImagePipeline(ImagePipeline):
         callback_on_step_end: StepEnd | None = None,
         preview_callback: PreviewCallback | None = None,
         preview_at: Sequence[int] | None = None,
+        batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate `num_images_per_prompt` images for every prompt, prompt by prompt.
 
@@ -149,7 +150,7 @@ class TextToImagePipeline(ImagePipeline):
             null_features: with them, what guidance leads away from, one row for all images or one for each: the features
                 of a negative text, or of the `null_prompt` that some transformers need for guidance.
             num_images_per_prompt: images for each prompt.
-            num_tokens, tokens, keep, ..., preview_at: see `ClassToImagePipeline.__call__`.
+            num_tokens, tokens, keep, ..., batch_size: see `ClassToImagePipeline.__call__`.
 
         Raises:
             ValueError: an empty prompt, a setting outside its range or of another kind of generator, a negative prompt
@@ -188,6 +189,7 @@ class TextToImagePipeline(ImagePipeline):
             callback_on_step_end=callback_on_step_end,
             preview_callback=preview_callback,
             preview_at=preview_at,
+            batch_size=batch_size,
         )
 
     def _check_texts(self, texts: Texts, settings: Settings) -> None:
@@ -232,7 +234,8 @@ class TextToImagePipeline(ImagePipeline):
                 device=transformer.device,
                 dtype=transformer.dtype,
             )
-        return self.text_encoder(texts)
+        with self.visit(self.text_encoder):
+            return self.text_encoder(texts)
 
 
 def _as_list(prompt: Prompts | None) -> list[str]:

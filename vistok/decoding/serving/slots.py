@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from vistok.decoding.guidance import apply_guidance
-from vistok.decoding.sampling import SamplingParams, sample
+from vistok.decoding.sampling import SamplingParams
 from vistok.decoding.serving.request import Job
+from vistok.kernels.sampling import sample_tokens
 from vistok.models.generators.base import NextTokenGenerator, join_conditions
 from vistok.models.layers.kv_cache import KVCache
 from vistok.tokens import Tokens
-
-BROKEN = -1  # instead of a token where the logits are no distribution
 
 
 @dataclass
@@ -143,7 +141,7 @@ class Slots:
             FloatingPointError: the logits of a token were no distribution.
         """
         indices = self._indices[seat.row : seat.row + 1, : seat.job.num_tokens].clone()  # [1 n]
-        broken = (indices[0] == BROKEN).nonzero()
+        broken = (indices[0] < 0).nonzero()
         if len(broken):
             raise FloatingPointError(
                 f"request {seat.job.ticket.request_id}: the logits of token {int(broken[0])} of "
@@ -174,15 +172,15 @@ class Slots:
         """Draw the next token of some slots from the logits of all, `[s v]`."""
         for some in draws:
             rows, place = some.rows, self._num_drawn[some.rows]  # [g] each
-            chosen = logits[rows].float()  # [g v]
-            if some.null_rows is not None:
-                scales = self._scales[rows, place][:, None]
-                chosen = apply_guidance(chosen, logits[some.null_rows].float(), scales)
-            drawn = sample(chosen, some.sampling, self._uniforms[rows, place])
-            self._indices[rows, place] = drawn.masked_fill(~are_distributions(chosen), BROKEN)
-            self._last[rows] = drawn
-            if some.null_rows is not None:
-                self._last[some.null_rows] = drawn
+            read = rows if some.null_rows is None else torch.cat([rows, some.null_rows])
+            drawn = sample_tokens(
+                logits[read][:, None],
+                self._uniforms[rows, place][:, None],
+                **asdict(some.sampling),
+                guidance_scale=1.0 if some.null_rows is None else self._scales[rows, place][:, None, None],
+            )[:, 0]  # [g], -1 where the logits are no distribution
+            self._indices[rows, place] = drawn
+            self._last[read] = drawn.clamp_min(0).repeat(len(read) // len(rows))
             self._num_drawn[rows] = place + 1
 
     def _advance_seats(self, seats: list[Seat]) -> bool:
@@ -219,9 +217,3 @@ class Slots:
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._last.device)
-
-
-def are_distributions(logits: Tensor) -> Tensor:
-    """Whether tokens can be drawn from `logits [... v]`: no NaN, no +inf, something finite; `[...]`."""
-    largest = logits.amax(dim=-1)  # NaN if any is
-    return largest.isfinite()

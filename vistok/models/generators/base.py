@@ -85,13 +85,8 @@ class OrderedGenerator(Generator):
         """
         raise NotImplementedError(f"{type(self).__name__} has no part of a step that can be compiled")
 
-    def next_logits(self, outputs: tuple[Tensor, ...], num_fed: int) -> Tensor:
-        """The logits of the positions that the order decides next, as `step` returns them.
-
-        Args:
-            outputs: from `feed`.
-            num_fed: tokens of an image that were fed so far.
-        """
+    def next_logits(self, outputs: tuple[Tensor, ...], step: int) -> Tensor:
+        """The logits of the positions that the order decides at `step`, as `step` returns them, from those of `feed`."""
         return outputs[0]
 
 

@@ -8,7 +8,6 @@ a diagonal see each other once they are decided.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -98,10 +97,8 @@ class NAR(GridTransformer):
         mask = TreeMask(cache.lengths, together)
         return self.logits(*self.read_tree(indices, depths.expand(len(indices), -1), mask, cache))
 
-    def next_logits(self, outputs: tuple[Tensor, ...], num_fed: int) -> Tensor:
+    def next_logits(self, outputs: tuple[Tensor, ...], step: int) -> Tensor:
         right, below = outputs
-        sizes = self.order.decided_at().bincount().tolist()
-        step = list(accumulate(sizes)).index(num_fed) + 1
         return merge_heads(right, below, step, self.options.grid_size)
 
     def _last_step(self, cache: GridCache) -> tuple[int, int]:

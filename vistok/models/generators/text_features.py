@@ -121,6 +121,11 @@ class T5TextEncoder:
         self.max_length = max_length
         self.clean = clean
 
+    def to(self, device: torch.device | str) -> T5TextEncoder:
+        """Move the encoder."""
+        self.encoder.to(device)
+        return self
+
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> TextFeatures:
         """Features of `texts`; the empty text, the null condition of guidance, is one of them.

@@ -309,16 +309,15 @@ class KVCache:
         rows.lengths = torch.minimum(lengths, rows.lengths)
 
     def advance_rows(self, counts: Tensor) -> None:
-        """Commit of each row the first `counts [b]` of the nodes appended since the last `commit`, without moving any.
+        """Commit of each row the first `counts [b]` of the nodes appended last, without moving any.
 
         Raises:
             ValueError: the rows are not split.
         """
-        rows, num_nodes = self._own_rows(), self.layers[0].length
-        for layer in self.layers:
-            layer.length = 0
-        rows.lengths += counts
-        rows.most = min(rows.most + num_nodes, self.max_length)
+        rows = self._own_rows()
+        self.forget_nodes()
+        rows.lengths += counts  # in place, as in `advance`
+        rows.most = self.max_length  # the host does not look
 
     def put_rows(self, slots: Tensor, source: KVCache, rows: Tensor) -> None:
         """Begin some rows anew, with what rows of another cache hold; the others stay as they are.

@@ -8,7 +8,9 @@ rectified-flow transformer that generates the latents: few tokens fix what the p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +19,14 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from vistok.kernels.attention import LastKeyRepeats
 from vistok.models.quantizers.fsq import FSQ
 from vistok.models.tokenizers import flow
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.tokenizers.flextok_blocks import (
     DecoderBlock,
     EncoderBlock,
+    Packing,
     PatchEmbed,
     TimeEmbed,
     TransformerOptions,
@@ -223,12 +227,11 @@ class FlexTok(ImageTokenizer):
 
         def velocity(latents: Tensor, step: int) -> Tensor:
             now = modulations.at(step)
-            cond = self.decoder.velocity(latents, kept, now).float()
             if guidance_scale == 1.0:
-                return cond
-            uncond = self.decoder.velocity(latents, null, now).float()
+                return self.decoder.velocity(latents, kept, now).float()
+            cond, uncond = self.decoder.velocities(latents, kept, null, now)
             scale = guidance_scale(times[step]) if callable(guidance_scale) else guidance_scale
-            return guidance(cond, uncond, scale)
+            return guidance(cond.float(), uncond.float(), scale)
 
         return flow.euler(velocity, noise.to(self.device, torch.float32), times)
 
@@ -358,22 +361,29 @@ class FlexTokEncoder(nn.Module):
         return self.to_codes(layer_norm(registers, self.norm_eps))
 
 
-class Registers(NamedTuple):
+@dataclass(frozen=True)
+class Registers:
     """Register tokens of a batch, of which the last one may stand for several equal ones."""
 
     hidden_states: Tensor  # [b n d]
     num_last: int = 1
 
+    @functools.cached_property
+    def mask(self) -> LastKeyRepeats | None:
+        """What lets the last one count as so many, the same for all blocks and steps."""
+        return LastKeyRepeats(self.num_last) if self.num_last > 1 else None
+
 
 class Modulations(NamedTuple):
-    """Shifts, scales and gates of the whole decoder at some times."""
+    """Shifts, factors and gates of the whole decoder at some times; a factor is one more than the predicted scale."""
 
-    blocks: list[Tensor]  # per block [t 12d]
-    head: Tensor  # [t 2d]
+    blocks: list[Tensor]  # per block [part group t 1 d], see `DecoderBlock`
+    head: Tensor  # [part t 1 d], shift and factor
 
     def at(self, index: int) -> Modulations:
         """Those of one time, which all images of a batch share."""
-        return Modulations([block[index, None] for block in self.blocks], self.head[index, None])
+        now = slice(index, index + 1)
+        return Modulations([block[:, :, now] for block in self.blocks], self.head[:, now])
 
 
 class FlexTokDecoder(nn.Module):
@@ -445,28 +455,52 @@ class FlexTokDecoder(nn.Module):
     def modulations(self, times: Tensor) -> Modulations:
         """Of `times [t]`."""
         embedded = F.silu(self.time(times))  # [t d]
-        return Modulations(
-            [layer(embedded) for layer in self.block_modulations], self.head_modulation(embedded)
-        )
+        blocks = [
+            rearrange(layer(embedded), "t (group part d) -> part group t 1 d", group=2, part=6)
+            for layer in self.block_modulations
+        ]
+        head = rearrange(self.head_modulation(embedded), "t (part d) -> part t 1 d", part=2)
+        is_scale = torch.tensor([0, 0, 0, 1, 0, 1], device=head.device, dtype=head.dtype)[:, None, None, None, None]
+        return Modulations([block + is_scale for block in blocks], head + is_scale[2:4, 0])
 
     def velocity(self, latents: Tensor, registers: Registers, modulations: Modulations) -> Tensor:
         """Noisy latents `[b c h w]` -> velocity `[b c h w]`; modulations of `b` times or of one."""
         patches, _ = self.transform(self.patches(latents), registers, modulations)
         return self.head(patches, modulations.head, latents.shape[-2:])
 
+    def velocities(
+        self, latents: Tensor, registers: Registers, null: Registers, modulations: Modulations
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity `[b c h w]` with these registers, and the one with the `null_registers`, in one pass.
+
+        The passes have no padding in common, but a sequence: see `Packing`.
+        """
+        patches, registers_now = self.patches(latents), registers.hidden_states
+        sequence = (null.hidden_states.to(patches.dtype), patches, patches, registers_now.to(patches.dtype))
+        packing = Packing(patches.shape[1], registers_now.shape[1], registers.mask, null.mask, is_guided=True)
+        hidden_states = self._transform(torch.cat(sequence, dim=1), modulations, packing)
+        both = hidden_states[:, 1 : 1 + 2 * patches.shape[1]]
+        uncond, cond = rearrange(both, "b (two p) d -> two b p d", two=2)
+        return tuple(self.head(each, modulations.head, latents.shape[-2:]) for each in (cond, uncond))
+
     def transform(
         self, patches: Tensor, registers: Registers, modulations: Modulations
     ) -> tuple[Tensor, Tensor]:
         """Embedded patches `[b p d]` and registers -> both after the last block, `[b p d]` and `[b n d]`."""
-        streams = (patches, registers.hidden_states.to(patches.dtype))
+        packing = Packing(patches.shape[1], registers.hidden_states.shape[1], registers.mask)
+        hidden_states = torch.cat([patches, registers.hidden_states.to(patches.dtype)], dim=1)
+        hidden_states = self._transform(hidden_states, modulations, packing)
+        return hidden_states[:, : packing.num_patches], hidden_states[:, packing.num_patches :]
+
+    def _transform(self, hidden_states: Tensor, modulations: Modulations, packing: Packing) -> Tensor:
         for block, modulation in zip(self.blocks, modulations.blocks, strict=True):
-            streams = block(streams, modulation, registers.num_last)
-        return streams
+            hidden_states = block(hidden_states, modulation, packing)
+        return hidden_states
 
     def head(self, patches: Tensor, modulation: Tensor, size: Sequence[int]) -> Tensor:
         """Patches `[b p d]` after the last block -> `[b c h w]` of `size` (h, w)."""
-        shift, scale = rearrange(modulation, "b (two d) -> two b 1 d", two=2)
-        patches = self.to_patches(layer_norm(patches, self.norm_eps) * (1 + scale) + shift)
+        shift, factor = modulation
+        patches = self.to_patches(torch.addcmul(shift, layer_norm(patches, self.norm_eps), factor))
         return self.patches.to_latents(patches, size)
 
 

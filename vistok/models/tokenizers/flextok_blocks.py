@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.kernels.attention import AttentionMask, CausalMask, LastKeyRepeats, attention
+from vistok.kernels.attention import AttentionMask, CausalMask, attention
 
 ATTENTION_SCALE = 8.0  # over head_dim: the scale of muP, equal to the usual one at head_dim 64
 TIME_PERIOD = 256.0  # longest period of the time features, in units of their argument
@@ -105,11 +106,45 @@ class EncoderBlock(nn.Module):
         return hidden_states + self.mlp(layer_norm(hidden_states, self.norm_eps))
 
 
-class DecoderBlock(nn.Module):
-    """An encoder block's sums with shifts, scales and gates of the time, for patches and registers by themselves.
+PATCHES, REGISTERS = 0, 1  # the two groups of tokens that are modulated by themselves
 
-    As in DiT (Peebles and Xie 2023, section 3.2), but in another order. A modulation holds the six parts for patches, then those for registers; each is in the order gate of the attention,
-    gate of the MLP, shift and scale of the attention, shift and scale of the MLP.
+
+class Packing(NamedTuple):
+    """What a decoder's sequence consists of, `[patches | registers]`.
+
+    A guided step is one sequence, in which both passes share everything but the attention: `[null register | patches |
+    patches | registers]`, of which the first two are the unconditional pass.
+    """
+
+    num_patches: int  # of a pass
+    num_registers: int
+    mask: AttentionMask | None = None  # of the only or conditional pass
+    null_mask: AttentionMask | None = None  # of the unconditional pass, with the null register as the last key
+    is_guided: bool = False
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Group and number of tokens of every part, from the first on."""
+        if self.is_guided:
+            return ((REGISTERS, 1), (PATCHES, 2 * self.num_patches), (REGISTERS, self.num_registers))
+        return ((PATCHES, self.num_patches), (REGISTERS, self.num_registers))
+
+    def add_product(self, added: Tensor, tokens: Tensor, factors: Tensor) -> Tensor:
+        """`added + tokens * factors`, where `tokens` are `[b m d]`, and the others that or `[group b 1 d]`."""
+        sizes = [size for _, size in self.parts]
+        groups = [group for group, _ in self.parts]
+        of_parts = [
+            x.split(sizes, dim=1) if x.ndim == 3 else [x[group] for group in groups]
+            for x in (added, tokens, factors)
+        ]
+        return torch.cat([torch.addcmul(*part) for part in zip(*of_parts, strict=True)], dim=1)
+
+
+class DecoderBlock(nn.Module):
+    """An encoder block's sums with shifts, factors and gates of the time, for patches and registers by themselves.
+
+    As in DiT (Peebles and Xie 2023, section 3.2), but in another order: gate of the attention, gate of the MLP, shift and
+    factor of the attention, shift and factor of the MLP. A factor is one more than the scale that the network predicts.
     """
 
     def __init__(self, dim: int, options: TransformerOptions) -> None:
@@ -118,29 +153,15 @@ class DecoderBlock(nn.Module):
         self.attn = FlexTokAttention(dim, options)
         self.mlp = FlexTokMLP(dim, options)
 
-    def forward(
-        self, streams: tuple[Tensor, Tensor], modulation: Tensor, num_last: int
-    ) -> tuple[Tensor, Tensor]:
-        """Patches `[b p d]` and registers `[b n d]`, modulation `[b 12d]` or `[1 12d]` -> both again."""
-        parts = rearrange(modulation, "b (group part d) -> part group b 1 d", group=2, part=6)
-        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = parts
-        mask = LastKeyRepeats(num_last) if num_last > 1 else None
-        attended = self.attn(self._modulated(streams, shift_attn, scale_attn), mask)
-        streams = _add_gated(streams, gate_attn, attended)
-        return _add_gated(streams, gate_mlp, self.mlp(self._modulated(streams, shift_mlp, scale_mlp)))
-
-    def _modulated(self, streams: tuple[Tensor, Tensor], shifts: Tensor, scales: Tensor) -> Tensor:
-        """Both streams `[b _ d]`, normalised and modulated, as one sequence `[b p+n d]`."""
-        normed = (layer_norm(stream, self.norm_eps) for stream in streams)
-        return torch.cat(
-            [x * (1 + scale) + shift for x, shift, scale in zip(normed, shifts, scales, strict=True)], 1
-        )
-
-
-def _add_gated(streams: tuple[Tensor, Tensor], gates: Tensor, updates: Tensor) -> tuple[Tensor, Tensor]:
-    patches, registers = streams
-    of_patches, of_registers = updates.split([patches.shape[1], registers.shape[1]], dim=1)
-    return patches + gates[0] * of_patches, registers + gates[1] * of_registers
+    def forward(self, hidden_states: Tensor, modulation: Tensor, packing: Packing) -> Tensor:
+        """`[b m d]` -> `[b m d]`; `modulation [part group b 1 d]`, or with one row for all images."""
+        gate_attn, gate_mlp, shift_attn, factor_attn, shift_mlp, factor_mlp = modulation
+        normed = layer_norm(hidden_states, self.norm_eps)
+        attended = self.attn.packed(packing.add_product(shift_attn, normed, factor_attn), packing)
+        hidden_states = packing.add_product(hidden_states, attended, gate_attn)
+        normed = layer_norm(hidden_states, self.norm_eps)
+        inner = self.mlp(packing.add_product(shift_mlp, normed, factor_mlp))
+        return packing.add_product(hidden_states, inner, gate_mlp)
 
 
 class FlexTokAttention(nn.Module):
@@ -168,6 +189,19 @@ class FlexTokAttention(nn.Module):
         patches = attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], scale=self._scale)
         registers = attention(q[:, :, p:], k, v, CausalMask(), scale=self._scale)
         return self._out(torch.cat([patches, registers], dim=2))
+
+    def packed(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+        """`[b m d]` -> `[b m d]`: every pass sees itself."""
+        q, k, v = self._heads(hidden_states)
+        if not packing.is_guided:
+            return self._out(attention(q, k, v, packing.mask, scale=self._scale))
+        end = 1 + packing.num_patches  # of the unconditional pass; as a key, its register comes last
+        null_k, null_v = (x[:, :, :end].roll(-1, dims=2) for x in (k, v))
+        passes = (
+            attention(q[:, :, :end], null_k, null_v, packing.null_mask, scale=self._scale),
+            attention(q[:, :, end:], k[:, :, end:], v[:, :, end:], packing.mask, scale=self._scale),
+        )
+        return self._out(torch.cat(passes, dim=2))
 
     @property
     def _scale(self) -> float:
@@ -205,7 +239,8 @@ class FlexTokMLP(nn.Module):
 
 def layer_norm(hidden_states: Tensor, eps: float) -> Tensor:
     """Normalise the last axis, without parameters; computed in float32, returned in the input's dtype."""
-    return F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=eps).to(hidden_states.dtype)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
 
 
 def sine_cosine_table(grid_size: int, dim: int) -> Tensor:

@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from einops import rearrange
 from torch import Tensor
 
+from vistok.models.layers.upsample import UpsampleConv
 from vistok.models.quantizers.gaussian import DiagonalGaussian
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.tokenizers.noise import Generators, normal_noise
@@ -82,6 +83,9 @@ class KLTokenizer(ImageTokenizer):
             use_post_quant_conv=quant_convs,
             mid_block_add_attention=mid_attention,
         )
+        for level in self.autoencoder.decoder.up_blocks:
+            for upsampler in level.upsamplers or ():
+                upsampler.interpolate, upsampler.conv = False, UpsampleConv(upsampler.channels)
 
     def encode_all(self, images: Tensor, *, sample: bool = False, generator: Generators = None) -> Tokens:
         """See `ImageTokenizer.encode`; the number of tokens is fixed.

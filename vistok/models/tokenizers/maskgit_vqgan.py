@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from vistok.models.layers.upsample import UpsampleConv
 from vistok.models.quantizers.vq import VQ
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.tokens import Layout, Tokens
@@ -152,14 +153,12 @@ class VQGANDecoderLevel(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, depth: int, *, upsample: bool) -> None:
         super().__init__()
         self.blocks = _residual_blocks(dim_in, dim_out, depth)
-        self.upsample = nn.Conv2d(dim_out, dim_out, 3, padding=1) if upsample else None
+        self.upsample = UpsampleConv(dim_out) if upsample else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[b dim_in h w]` -> `[b dim_out 2h 2w]`, or `[b dim_out h w]` at the full resolution."""
         hidden_states = self.blocks(hidden_states)
-        if self.upsample is None:
-            return hidden_states
-        return self.upsample(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        return hidden_states if self.upsample is None else self.upsample(hidden_states)
 
 
 class VQGANResidualBlock(nn.Module):

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.kernels.attention import attention
+from vistok.models.layers.upsample import UpsampleConv
 from vistok.models.quantizers.base import QuantizerOutput
 from vistok.models.quantizers.vq import VQ
 from vistok.models.tokenizers.base import ImageTokenizer
@@ -177,7 +178,7 @@ class VQGANDecoder(nn.Module):
             VQGANLevel(dim_in, dim_out, depth, with_attention=i == 0)
             for i, (dim_in, dim_out) in enumerate(zip([dims[-1], *rising[:-1]], rising, strict=True))
         )
-        self.upsamples = nn.ModuleList(nn.Conv2d(dim_out, dim_out, 3, padding=1) for dim_out in rising[:-1])
+        self.upsamples = nn.ModuleList(UpsampleConv(dim_out) for dim_out in rising[:-1])
         self.norm_out = nn.GroupNorm(NORM_GROUPS, dims[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(dims[0], 3, 3, padding=1)
 
@@ -185,7 +186,6 @@ class VQGANDecoder(nn.Module):
         """`[b codebook_dim h w]` -> `[b 3 H W]`, not clamped."""
         hidden_states = self.levels[0](self.mid(self.conv_in(self.from_codes(codes))))
         for level, upsample in zip(self.levels[1:], self.upsamples, strict=True):
-            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
             hidden_states = level(upsample(hidden_states))
         return self.conv_out(F.silu(self.norm_out(hidden_states)))
 

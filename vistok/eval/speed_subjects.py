@@ -1,0 +1,460 @@
+"""What `vistok.eval.speed` times: every family at a released size, how it draws, and how it would do so plainly.
+
+Weights are random but for those that ship with the package; time does not depend on them. Generators draw tokens, without
+a tokenizer; tokenizers decode random tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vistok.decoding.guidance import (
+    ConstantGuidance,
+    GuidanceSchedule,
+    LinearGuidance,
+    PowerCosineGuidance,
+    RampGuidance,
+)
+from vistok.decoding.masked import MaskedSamplingParams, generate_masked, predict
+from vistok.decoding.ordered import generate_ordered
+from vistok.decoding.streams import ImageStreams
+from vistok.eval.continuous_ways import Family, MARFamily, XARFamily
+from vistok.eval.plain_loops import plain_loop, plain_masked, plain_ordered, plain_predict
+from vistok.eval.plain_tokenizers import FLEXTOK_GUIDANCE, plain_decode
+from vistok.eval.random_weights import randomize
+from vistok.eval.speed_floor import Pass
+from vistok.eval.speed_work import (
+    count_flops,
+    flow_passes,
+    mar_passes,
+    masked_passes,
+    modules_called,
+    ordered_passes,
+    own_bytes,
+    weight_bytes,
+)
+from vistok.eval.tokenizer_speed import build_tokenizer
+from vistok.hub import load
+from vistok.models.generators import llamagen, mar, maskgit, nar, xar
+from vistok.models.generators.base import Condition, OrderedGenerator, join_conditions
+from vistok.models.generators.flex_ar import FlexARText
+from vistok.models.generators.llamagen import LlamaGenClass, LlamaGenText
+from vistok.models.generators.mar import MAR
+from vistok.models.generators.maskgit import MaskGIT
+from vistok.models.generators.nar import NARClass
+from vistok.models.generators.text_features import TextFeatures
+from vistok.models.generators.xar import XAR
+from vistok.models.tokenizers.base import ImageTokenizer
+from vistok.models.tokenizers.flextok import FlexTok, FlexTokDecoder
+from vistok.models.tokenizers.vqgan import VQGAN
+from vistok.order import RasterOrder
+from vistok.tokens import Tokens
+
+TEXT_LENGTH = 20  # positions of a text's features
+FLEXTOK_STEPS = 20
+PARITY_TOKENS = 17  # fed one step after the other before logits are compared; more than a row of a grid of 16 x 16
+SHIPPED, PROMPT = "emoji-64", "red apple"
+
+
+class Subject(Protocol):
+    """A family, in the type that it has been converted to.
+
+    Attributes:
+        model: all weights.
+        num_tokens: of an image.
+        shares: a call can be cut to one in so many of its steps; ascending, the first is 1.
+        tolerance: largest difference between float32 implementations, as a share of the largest value.
+        protocol: what a call does.
+    """
+
+    model: Any
+    num_tokens: int
+    shares: tuple[int, ...]
+    tolerance: float
+    protocol: str
+
+    def draw(self, model: Any, batch_size: int, share: int) -> Any:
+        """As the package does it, with `model` or what was made of it."""
+        ...
+
+    def draw_plain(self, batch_size: int, share: int) -> Any:
+        """The plain way."""
+        ...
+
+    def outputs(self, model: Any) -> Tensor:
+        """What `model` computes on given inputs, as the package draws."""
+        ...
+
+    def plain_outputs(self) -> Tensor:
+        """The same, as the plain way computes it."""
+        ...
+
+    def passes(self, batch_size: int, share: int) -> list[Pass]:
+        """The work of a call."""
+        ...
+
+
+class OrderedSubject:
+    """A generator with a fixed order, both branches of guidance as one batch.
+
+    Args:
+        model: in evaluation mode.
+        conditions, null_conditions: of so many images; the model's own null condition by default.
+        scale: of the guidance.
+        text_length: positions of a text that a cross-attention reads.
+    """
+
+    tolerance = 1e-4
+
+    def __init__(
+        self,
+        model: OrderedGenerator,
+        conditions: Callable[[int], Condition],
+        null_conditions: Callable[[int], Condition] | None = None,
+        *,
+        scale: float = 2.0,
+        text_length: int = 0,
+    ) -> None:
+        self.model = model
+        self.conditions = conditions
+        self.null_conditions = null_conditions
+        self.scale = scale
+        self.text_length = text_length
+        self.num_tokens = model.num_tokens
+        self.num_steps = model.order.num_steps
+        is_raster = isinstance(model.order, RasterOrder)
+        self.shares = tuple(s for s in (1, 2, 4, 8, 16, 32) if s == 1 or is_raster and self.num_steps >= 4 * s)
+        self.protocol = f"{self.num_tokens} tokens in {self.num_steps} steps, guidance {scale:g}"
+
+    def draw(self, model: Any, batch_size: int, share: int) -> Tokens:
+        null = None if self.null_conditions is None else self.null_conditions(batch_size)
+        return generate_ordered(
+            model,
+            self.conditions(batch_size),
+            streams=ImageStreams.from_seeds(range(batch_size)),
+            guidance=ConstantGuidance(self.scale),
+            null_condition=null,
+            num_tokens=self.num_tokens // share,
+        )
+
+    def draw_plain(self, batch_size: int, share: int) -> Tensor:
+        return plain_ordered(
+            self.model,
+            self._rows(batch_size),
+            num_steps=self.num_steps // share,
+            guidance_scale=self.scale,
+            generator=torch.Generator(self.model.device).manual_seed(0),
+        )
+
+    @torch.no_grad()
+    def outputs(self, model: Any) -> Tensor:
+        rows = self._rows(1)
+        cache = model.new_cache(len(rows))
+        return self._logits(model.prefill(rows, cache), lambda indices: model.step(indices, cache))
+
+    @torch.no_grad()
+    def plain_outputs(self) -> Tensor:
+        loop = plain_loop(self.model)
+        return self._logits(loop.begin(self._rows(1)), loop.follow)
+
+    def passes(self, batch_size: int, share: int) -> list[Pass]:
+        return ordered_passes(self.model, batch_size, self.num_steps // share, text_length=self.text_length)
+
+    def _rows(self, batch_size: int) -> Any:
+        condition = self.conditions(batch_size)
+        of_model = self.model.null_condition_for
+        null = of_model(condition) if self.null_conditions is None else self.null_conditions(batch_size)
+        return join_conditions(condition, null).to(self.model.device)
+
+    def _logits(self, first: Tensor, follow: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of both branches, from the condition and given tokens."""
+        indices = random_indices(self.model.codebook_size, 1, self.num_tokens).to(self.model.device)
+        logits, num_fed = [first.float()], 0
+        for positions in self.model.order.plan()[:-1]:
+            # A copy: what replays a graph writes the next logits to the same place.
+            logits.append(follow(indices[:, positions].repeat(2, 1)).float().clone())
+            num_fed += len(positions)
+            if num_fed >= PARITY_TOKENS:
+                break
+        return torch.cat(logits, dim=1)  # [2 k v]
+
+
+class MaskedSubject:
+    """A masked generator.
+
+    Args:
+        model: in evaluation mode.
+        num_steps: of the loop.
+        guidance: scale per step.
+    """
+
+    tolerance = 1e-4
+
+    def __init__(self, model: MaskGIT, num_steps: int, guidance: GuidanceSchedule) -> None:
+        self.model = model
+        self.num_steps = num_steps
+        self.guidance = guidance
+        self.num_tokens = model.num_tokens
+        self.shares = tuple(share for share in (1, 2, 4, 8, 16) if num_steps >= 2 * share)
+        self.protocol = f"{self.num_tokens} tokens in {num_steps} steps, guidance to {guidance.scale:g}"
+
+    def draw(self, model: Any, batch_size: int, share: int) -> Tensor:
+        return generate_masked(model, **self._inputs(batch_size, share))
+
+    def draw_plain(self, batch_size: int, share: int) -> Tensor:
+        return plain_masked(self.model, **self._inputs(batch_size, share))
+
+    @torch.no_grad()
+    def outputs(self, model: Any) -> Tensor:
+        indices, labels, null = self._canvas()
+        return predict(model, indices, labels, null, self.guidance.scale)
+
+    @torch.no_grad()
+    def plain_outputs(self) -> Tensor:
+        indices, labels, _ = self._canvas()
+        return plain_predict(self.model, indices, labels, self.guidance.scale)
+
+    def passes(self, batch_size: int, share: int) -> list[Pass]:
+        return masked_passes(self.model, batch_size, self.num_steps // share, self.guidance)
+
+    def _inputs(self, batch_size: int, share: int) -> dict[str, Any]:
+        return {
+            "class_labels": torch.arange(batch_size, device=self.model.device),
+            "streams": ImageStreams.from_seeds(range(batch_size)),
+            "sampling": MaskedSamplingParams(self.num_steps // share),
+            "guidance": self.guidance,
+        }
+
+    def _canvas(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Every other token of an image, its class, and none."""
+        indices = random_indices(self.model.codebook_size, 1, self.num_tokens)
+        indices[:, ::2] = self.model.mask_token_id
+        labels = torch.tensor([3, self.model.null_label])
+        return tuple(x.to(self.model.device) for x in (indices, labels[:1], labels[1:]))  # type: ignore[return-value]
+
+
+class ContinuousSubject:
+    """xAR or MAR, as `continuous_ways` has them.
+
+    Args:
+        family: with its model.
+        shares: of its steps.
+        protocol: see `Subject`.
+    """
+
+    tolerance = 1e-3  # every step amplifies what sums in another order make
+
+    def __init__(self, family: XARFamily | MARFamily, shares: tuple[int, ...], protocol: str) -> None:
+        self.family = family
+        self.model = family.model
+        self.num_tokens = self.model.num_tokens
+        self.shares = shares
+        self.protocol = protocol
+
+    def draw(self, model: Any, batch_size: int, share: int) -> Any:
+        return replace(self._at(share), model=model).ways()[0].draw(*self._inputs(batch_size))
+
+    def draw_plain(self, batch_size: int, share: int) -> Any:
+        return self._at(share).plain_ways(1)[0].draw(*self._inputs(batch_size))
+
+    def outputs(self, model: Any) -> Tensor:
+        few: Any = replace(self.family, model=model).with_few_steps()
+        return few.ways()[0].draw(*self._inputs(1)).data
+
+    def plain_outputs(self) -> Tensor:
+        few: Family = self.family.with_few_steps()
+        drawn: Any = few.plain_ways(1)[0].draw(*self._inputs(1))
+        return drawn
+
+    def passes(self, batch_size: int, share: int) -> list[Pass]:
+        family = self._at(share)
+        if isinstance(family, XARFamily):
+            return flow_passes(
+                family.model, batch_size, family.num_inference_steps, RampGuidance(family.scale)
+            )
+        return mar_passes(family.model, batch_size, family.num_steps, family.num_inference_steps)
+
+    def _at(self, share: int) -> XARFamily | MARFamily:
+        """With one in `share` of the steps; of MAR every step then decides more tokens."""
+        if isinstance(self.family, XARFamily):
+            return replace(self.family, num_inference_steps=self.family.num_inference_steps // share)
+        return replace(self.family, num_steps=self.family.num_steps // share)
+
+    def _inputs(self, batch_size: int) -> tuple[Tensor, ImageStreams]:
+        labels = torch.arange(batch_size, device=self.model.device)
+        return labels, ImageStreams.from_seeds(range(batch_size))
+
+
+class TokenizerSubject:
+    """A tokenizer that decodes.
+
+    Args:
+        model: in evaluation mode.
+        num_tokens: of every image.
+    """
+
+    tolerance = 1e-3  # deep networks over images in [-1, 1]
+
+    def __init__(self, model: ImageTokenizer, num_tokens: int | None = None) -> None:
+        self.model = model
+        self.num_tokens = num_tokens or model.num_tokens
+        self._counted: dict[int, int] = {}  # share -> operations, of the first type that is asked for
+        is_drawn = isinstance(model, FlexTok)
+        self.shares = (1, 2, 5, 10) if is_drawn else (1,)
+        steps = f" in {FLEXTOK_STEPS} steps, guidance {FLEXTOK_GUIDANCE:g}" if is_drawn else ""
+        self.protocol = f"decode {self.num_tokens} tokens{steps}"
+
+    @torch.no_grad()
+    def draw(self, model: Any, batch_size: int, share: int) -> Tensor:
+        options = {}
+        if isinstance(self.model, FlexTok):
+            options = {"num_inference_steps": FLEXTOK_STEPS // share, "guidance_scale": FLEXTOK_GUIDANCE}
+        return model.decode(self._tokens(batch_size), **options)
+
+    @torch.no_grad()
+    def draw_plain(self, batch_size: int, share: int) -> Tensor:
+        return plain_decode(self.model, self._tokens(batch_size), FLEXTOK_STEPS // share)
+
+    def outputs(self, model: Any) -> Tensor:
+        return self.draw(model, 1, self.shares[-1]).float()
+
+    def plain_outputs(self) -> Tensor:
+        return self.draw_plain(1, self.shares[-1]).float()
+
+    def passes(self, batch_size: int, share: int) -> list[Pass]:
+        """By torch's counter, over one image; of a decoder that draws, by what a step more adds."""
+        if not isinstance(self.model, FlexTok):
+            return [Pass(own_bytes(self._modules), batch_size * self._flops(1))]
+        decoder: FlexTokDecoder = self.model.decoder
+        evaluated = weight_bytes(decoder.patches, decoder.blocks, decoder.to_patches)
+        step = self._flops(FLEXTOK_STEPS // 2) - self._flops(FLEXTOK_STEPS)
+        rest = Pass(own_bytes(self._modules) - evaluated, batch_size * (self._flops(FLEXTOK_STEPS) - step))
+        return [rest, Pass(evaluated, batch_size * step, count=FLEXTOK_STEPS // share)]
+
+    @functools.cached_property
+    def _modules(self) -> list[nn.Module]:
+        return modules_called(self.model, lambda: self.draw(self.model, 1, self.shares[-1]))
+
+    def _flops(self, share: int) -> int:
+        if share not in self._counted:
+            self._counted[share] = count_flops(lambda: self.draw(self.model, 1, share))
+        return self._counted[share]
+
+    def _tokens(self, batch_size: int) -> Tokens:
+        model = self.model
+        assert model.codebook_size is not None
+        indices = random_indices(model.codebook_size, batch_size, model.num_tokens)
+        tokens = Tokens(indices=indices, codebook_size=model.codebook_size, layout=model.layout)
+        return model.limit(tokens, self.num_tokens).to(model.device)
+
+
+def random_indices(codebook_size: int, batch_size: int, num_tokens: int) -> Tensor:
+    """Tokens `[b n]` int64, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(codebook_size, (batch_size, num_tokens), generator=generator)
+
+
+def random_text(width: int) -> Callable[[int], TextFeatures]:
+    """Features of so many texts, all of one length."""
+
+    def features(batch_size: int) -> TextFeatures:
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(batch_size, TEXT_LENGTH, width, generator=generator)
+        return TextFeatures(values, torch.ones(batch_size, TEXT_LENGTH, dtype=torch.bool))
+
+    return features
+
+
+def _of_class(model: OrderedGenerator) -> Subject:
+    return OrderedSubject(_random(model), torch.arange)
+
+
+def _llamagen_text() -> Subject:
+    model = _random(LlamaGenText(**llamagen.PRESETS["XL"]))
+    return OrderedSubject(model, random_text(model.prefix.text_dim), scale=7.5)
+
+
+def _flex_ar(size: int) -> Subject:
+    """By the rule of the family: `64 size` wide, `size` deep."""
+    dim = 64 * size
+    model = _random(FlexARText(dim=dim, depth=size, num_heads=size, mlp_dim=8 * dim // 3))
+    text = random_text(model.text_dim)
+    return OrderedSubject(model, text, text, scale=3.0, text_length=TEXT_LENGTH)
+
+
+def _shipped() -> Subject:
+    model = load(SHIPPED).transformer
+    return OrderedSubject(model, lambda batch_size: model.encode_text([PROMPT] * batch_size))
+
+
+def _masked(preset: str, num_steps: int, guidance: GuidanceSchedule) -> Subject:
+    model_class, sizes = maskgit.PRESETS[preset]
+    return MaskedSubject(_random(model_class(**sizes)), num_steps, guidance)
+
+
+def _xar(size: str) -> Subject:
+    published = xar.SAMPLING[size]
+    steps, scale = int(published["num_inference_steps"]), published["guidance_scale"]
+    model = _random(XAR(**xar.PRESETS[size]))
+    family = XARFamily(model, num_inference_steps=steps, scale=scale)
+    shares = tuple(share for share in (1, 2, 4, 5, 8, 10) if steps % share == 0)
+    protocol = f"{model.num_tokens} tokens in {model.order.num_steps} x {steps} steps, guidance to {scale:g}"
+    return ContinuousSubject(family, shares, protocol)
+
+
+def _mar(size: str) -> Subject:
+    model = _random(MAR(**mar.PRESETS[size]))
+    family = MARFamily(model, draft=model, scale=mar.SAMPLING[size]["guidance_scale"])
+    steps = f"{family.num_steps} x {family.num_inference_steps} steps"
+    protocol = f"{model.num_tokens} tokens in {steps}, guidance to {family.scale:g}"
+    return ContinuousSubject(family, (1, 2, 4, 8, 16, 32), protocol)
+
+
+def _tokenizer(family: str, num_tokens: int | None = None) -> Subject:
+    return TokenizerSubject(build_tokenizer(family), num_tokens)
+
+
+def _random(model: Any) -> Any:
+    return randomize(model).eval()
+
+
+FAMILIES: dict[str, Callable[[], Subject]] = {  # class-conditional for 256 pixels unless the name says otherwise
+    "llamagen-b": lambda: _of_class(LlamaGenClass(**llamagen.PRESETS["B"])),
+    "nar-b": lambda: _of_class(NARClass(**nar.PRESETS["B"])),
+    "llamagen-l": lambda: _of_class(LlamaGenClass(**llamagen.PRESETS["L"])),
+    "nar-l": lambda: _of_class(NARClass(**nar.PRESETS["L"])),
+    "llamagen-xl": lambda: _of_class(LlamaGenClass(**llamagen.PRESETS["XL"])),
+    "nar-xl": lambda: _of_class(NARClass(**nar.PRESETS["XL"])),
+    "llamagen-xl-text": _llamagen_text,
+    "flexar-d12-text": lambda: _flex_ar(12),
+    "flexar-d18-text": lambda: _flex_ar(18),
+    SHIPPED: _shipped,
+    "xar-b": lambda: _xar("base"),
+    "xar-l": lambda: _xar("large"),
+    "mar-b": lambda: _mar("base"),
+    "maskgit-titok-l-32": lambda: _masked("maskgit-titok-l-32", 8, LinearGuidance(4.5)),
+    "maskgit-titok-s-128": lambda: _masked("maskgit-titok-s-128", 64, PowerCosineGuidance(6.9, 2.8)),
+    "titok-l-32": lambda: _tokenizer("titok-l-32"),
+    "one-d-piece-s-256": lambda: _tokenizer("one-d-piece-s-256"),
+    "flextok-d12-d12": lambda: _tokenizer("flextok-d12-d12-in1k"),
+    "flextok-d12-d12, 32 tokens": lambda: _tokenizer("flextok-d12-d12-in1k", 32),
+    "llamagen-vq-16": lambda: TokenizerSubject(_random(VQGAN())),
+}
+
+
+def build_subject(family: str) -> Subject:
+    """A family at its released size, in float32 and evaluation mode.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; choose from {', '.join(FAMILIES)}")
+    torch.manual_seed(0)
+    return FAMILIES[family]()

@@ -1,0 +1,47 @@
+"""Twice the resolution and a 3x3 convolution: what the decoders of all convolutional autoencoders here do."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UpsampleConv(nn.Conv2d):
+    """`conv(interpolate(images, scale_factor=2, mode="nearest"))` with a 3x3 kernel and zero padding of 1.
+
+    Of the nine pixels under the kernel at least two rows and two columns are copies, whose weights can be added up
+    before: the pixels at even and odd rows and columns are four convolutions of 2x2 at the lower resolution (the idea of
+    sub-pixel convolution, Shi et al. 2016, section 3.2), 4/9 of the products. That is how it is computed on a CPU, where
+    the products take the time; the result differs by rounding. It takes about half the time of the two steps.
+
+    Args:
+        channels: of the images and of the result.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[b c h w]` -> `[b c 2h 2w]`."""
+        if images.device.type != "cpu":
+            return super().forward(F.interpolate(images, scale_factor=2.0, mode="nearest"))
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (1, 1, 1, 1))
+        result: Tensor | None = None
+        for row, kernel in enumerate(_halves(self.weight, dim=2)):
+            for column, part in enumerate(_halves(kernel, dim=3)):
+                source = padded[:, :, row : row + height + 1, column : column + width + 1]
+                pixels = F.conv2d(source, part, self.bias)  # [b c h w]
+                if result is None:
+                    result = pixels.new_empty(*pixels.shape[:2], 2 * height, 2 * width)
+                result[:, :, row::2, column::2] = pixels
+        assert result is not None
+        return result
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """A kernel of 3 along `dim` as the kernels of 2 that make even and odd pixels, in float32 where it is narrower."""
+    first, second, third = weight.to(torch.promote_types(weight.dtype, torch.float32)).split(1, dim=dim)
+    even, odd = torch.cat([first, second + third], dim), torch.cat([first + second, third], dim)
+    return even.to(weight.dtype), odd.to(weight.dtype)
