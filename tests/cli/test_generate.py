@@ -193,3 +193,19 @@ def test_ctrl_c_ends_the_progress_bar(run, model: Path, out: Path, monkeypatch) 
     assert finished.stderr.rstrip().endswith(
         "vistok: error: interrupted; nothing half-written is left behind"
     )
+
+
+def test_compiled_generation_draws_the_same_image(run, model: Path, out: Path) -> None:
+    for name, options in (("plain", ["--decoding", "plain"]), ("compiled", ["--compile", "--batch-size", 1])):
+        with torch.compiler.set_stance("force_eager"):
+            finished = run("generate", "cat", "dog", "-o", out / f"{name}.png", "--model", model, *options)
+        assert finished.code == 0, finished.stderr
+        assert json.loads(finished.stdout)["compiled"] == (name == "compiled")
+    assert np.array_equal(pixels(out / "plain.png"), pixels(out / "compiled.png"))
+
+
+def test_compiling_and_speculation_exclude_each_other(run, model: Path, out: Path) -> None:
+    finished = run(
+        "generate", "cat", "-o", out / "cat.png", "--model", model, "--compile", "--decoding", "speculative"
+    )
+    assert finished.code == 2 and "--compile is for plain decoding" in finished.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import CancelledError
-from dataclasses import replace
 
 import pytest
 import torch
@@ -220,6 +219,33 @@ def test_fewer_tokens_than_the_model_has(model) -> None:
         server.submit(plain_request(num_tokens=6))
 
 
+def test_a_step_reads_no_more_rows_than_it_takes_to_reach_all_requests(model) -> None:
+    num_read = []
+
+    def feed(indices, cache):
+        num_read.append(len(indices))
+        return model.feed(indices, cache)
+
+    server = Server(model, num_slots=6, feed=feed)
+    requests = [
+        plain_request(seed=seed, num_tokens=num_tokens) for seed, num_tokens in enumerate([9, 7, 5, 5, 3])
+    ]
+    tickets = [server.submit(request) for request in requests]
+    _ = list(server.run())
+    assert num_read == [6, 6, 4, 4, 2, 2, 1, 1]  # 5 requests, of 6 rows; 4, 2 and 1
+    for ticket in tickets:
+        assert_same(ticket.result(), alone(model, ticket.request))
+
+
+def test_a_cache_takes_no_more_than_it_holds(model) -> None:
+    cache, source = model.new_cache(2, 2), model.new_cache(1)
+    model.prefill(torch.tensor([1]), source)
+    model.step(torch.tensor([[1, 2, 3]]), source)
+    cache.split_rows(can_grow=False)
+    with pytest.raises(ValueError, match="the cache holds 3 positions, 4 were to be put there"):
+        cache.put_rows(torch.tensor([0]), source, torch.tensor([0]))
+
+
 # What goes wrong.
 
 
@@ -414,4 +440,4 @@ def test_serving_goes_on_after_an_error(model, monkeypatch) -> None:
     result = tickets[1].result(timeout=60)
     stop.set()
     stepper.join(timeout=60)
-    assert_same(result, alone(model, replace(tickets[1].request)))
+    assert_same(result, alone(model, tickets[1].request))

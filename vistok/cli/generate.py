@@ -12,7 +12,17 @@ import typer
 
 from vistok.cli.detect import make_watermark
 from vistok.cli.keep import kept_tokens
-from vistok.cli.options import DEFAULT_MODEL, Device, Dtype, Model, Output, Seed, choose_device, choose_dtype
+from vistok.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    Quantization,
+    Seed,
+    choose_device,
+    choose_dtype,
+)
 from vistok.cli.output import PictureOutput, check_folder, report
 from vistok.cli.speculation import choose_speculation, describe
 
@@ -131,6 +141,16 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also draw with plain decoding, and report its time.")
     ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile plain decoding: the first image takes longer, each of many less."
+        ),
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Draw so many images at a time. [default: all at once]")
+    ] = None,
+    quantization: Quantization = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
@@ -141,7 +161,13 @@ def generate(
     from vistok.hub import load_pipeline
 
     started = time.perf_counter()
-    pipeline: Any = load_pipeline(model, device=choose_device(device), dtype=choose_dtype(dtype))
+    pipeline: Any = load_pipeline(
+        model, device=choose_device(device), dtype=choose_dtype(dtype), quantization=quantization
+    )
+    if compiled:
+        if decoding == "speculative":
+            raise ValueError("--compile is for plain decoding; leave out --decoding speculative, or --compile")
+        pipeline.compile()
     sampling = sampling_settings(
         pipeline,
         guidance_scale=guidance_scale,
@@ -167,11 +193,12 @@ def generate(
         seed=seed,
         preview_callback=None if preview is None else previews_in(preview, labels, _columns(num_images)),
         logits_processor=mark,
+        batch_size=batch_size,
         **{pipeline.negative_argument: negative},
         **kept,
         **sampling,
     )
-    needs_plain = preview is not None or mark is not None or bool(kept)
+    needs_plain = preview is not None or mark is not None or bool(kept) or compiled
     speculation = choose_speculation(
         pipeline,
         decoding,
@@ -202,8 +229,10 @@ def generate(
         watermark_strength=None if mark is None else mark.strength,
         decoding="plain" if speculation is None else "speculative",
         speculation=describe(speculation, result.statistics),
+        compiled=compiled,
         device=str(pipeline.device),
         dtype=dtype,
+        quantization=quantization,
         load_seconds=round(loaded - started, 3),
         seconds=round(seconds, 3),
         plain_seconds=plain_seconds,

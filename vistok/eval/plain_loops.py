@@ -171,7 +171,7 @@ class PlainFlexAR:
 
     def follow(self, indices: Tensor) -> Tensor:
         self.num_fed += 1
-        return self._blocks(self.model.token_embed(indices) + self.model.position_embed[self.num_fed - 1])
+        return self._blocks(self.model.token_embed(indices) + self.model.position_embed[self.num_fed])
 
     def _blocks(self, hidden_states: Tensor) -> Tensor:
         for i, block in enumerate(self.model.blocks):

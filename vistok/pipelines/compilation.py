@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from vistok.decoding.compiled import CompiledGenerator
-from vistok.models.compiling import compile_model
 from vistok.models.generators.base import Generator, OrderedGenerator
 
 
@@ -31,6 +30,8 @@ class Compilation:
         if isinstance(self.transformer, OrderedGenerator):
             self._compiled = CompiledGenerator(self.transformer)
         else:
+            from vistok.models.compiling import compile_model  # TEMP
+
             compile_model(self.transformer)
 
     def compiled(self, model: Generator) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.host_sync import no_host_sync
 from vistok.models.tokenizers import flow
 from vistok.models.tokenizers.flextok import FlexTok, Registers, sample_lengths
 from vistok.models.tokenizers.kl import KLTokenizer
@@ -116,9 +118,9 @@ def test_registers_see_only_earlier_ones(model: FlexTok) -> None:
     """A prefix of the registers gives a prefix of the codes, so truncation loses nothing that was kept."""
     latents = torch.randn(2, 3, 4, 4)
     before = model.encoder(latents)
-    model.encoder.registers.data[5] += 1
+    model.encoder.registers.data[5, ::2] += 1
     after = model.encoder(latents)
-    model.encoder.registers.data[5] -= 1
+    model.encoder.registers.data[5, ::2] -= 1
     torch.testing.assert_close(after[:, :5], before[:, :5], atol=1e-6, rtol=0)
     assert (after[:, 5:] - before[:, 5:]).abs().amin(dim=(0, 2)).min() > 0
 
@@ -147,12 +149,15 @@ def test_posterior_draws_are_repeatable(model: FlexTok, images: Tensor) -> None:
 
 def test_guidance_of_one_skips_the_second_pass(model: FlexTok, tokens: Tokens, monkeypatch) -> None:
     calls = []
-    velocity = model.decoder.velocity
-    monkeypatch.setattr(model.decoder, "velocity", lambda *args: calls.append(1) or velocity(*args))
+    for name in ("velocity", "velocities"):
+        original = getattr(model.decoder, name)
+        monkeypatch.setattr(
+            model.decoder, name, lambda *args, name=name, run=original: calls.append(name) or run(*args)
+        )
     off = model.decode(tokens, **QUICK, guidance_scale=1.0)
-    assert len(calls) == 3
+    assert calls == ["velocity"] * 3
     always_one = model.decode(tokens, **QUICK, guidance_scale=lambda time: 1.0, guidance_mode="plain")
-    assert len(calls) == 9
+    assert calls[3:] == ["velocities"] * 3
     torch.testing.assert_close(off, always_one, atol=1e-5, rtol=0)
 
 
@@ -301,3 +306,58 @@ def test_autoencoder_alone(images: Tensor, tmp_path: Path) -> None:
     assert torch.equal(KLTokenizer.from_pretrained(tmp_path).encode(images).data, tokens.data)
     with pytest.raises(ValueError, match="not a multiple of 2"):
         KLTokenizer(image_size=15, dims=(4, 8))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[8, 8, 8], [3, 1, 2]])
+def test_both_passes_in_one_sequence_are_the_two_passes(
+    model: FlexTok, tokens: Tokens, lengths: list[int]
+) -> None:
+    decoder, modulations = model.decoder, model.decoder.modulations(torch.tensor([0.9, 0.5, 0.1]))
+    latents, cut = torch.randn(3, 3, 4, 4), tokens.keep(lengths)
+    kept = decoder.kept_registers(model.quantizer.indices_to_codes(cut.data), cut.token_counts)
+    null = decoder.null_registers(3)
+    cond, uncond = decoder.velocities(latents, kept, null, modulations)
+    for found, registers in ((cond, kept), (uncond, null)):
+        expected = decoder.velocity(latents, registers, modulations)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert (cond - uncond).abs().max() > 1e-2
+
+
+def test_the_autoencoder_stays_in_float32(tmp_path: Path) -> None:
+    model = make()
+    weights = {name: weight.clone() for name, weight in model.vae.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    for half in (model.to(torch.bfloat16), FlexTok.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)):
+        assert half.dtype == half.decoder.mask_vector.dtype == half.encoder.registers.dtype == torch.bfloat16
+        assert all(torch.equal(weight, weights[name]) for name, weight in half.vae.state_dict().items())
+    assert model.to("meta").decoder.mask_vector.device.type == "meta"
+    assert model.vae.device.type == "meta"
+
+
+@torch.no_grad()
+def test_nothing_waits_for_the_device_between_the_steps(model: FlexTok, tokens: Tokens, monkeypatch) -> None:
+    velocities, calls = model.decoder.velocities, []
+    with contextlib.ExitStack() as steps:
+
+        def watched(*args) -> tuple[Tensor, Tensor]:
+            calls.append(1)
+            if len(calls) == 1:
+                steps.enter_context(no_host_sync())
+            found = velocities(*args)
+            if len(calls) == 3:
+                steps.close()
+            return found
+
+        monkeypatch.setattr(model.decoder, "velocities", watched)
+        model.decode(tokens.keep([2, 8, 3]), **QUICK)
+    assert len(calls) == 3
+
+
+def test_a_velocity_that_is_not_finite_names_its_step_and_image(model: FlexTok, tokens: Tokens) -> None:
+    noise = torch.randn(3, 3, 4, 4)
+    noise[1, 0, 0, 0] = float("nan")
+    with pytest.raises(
+        ValueError, match="decoder of FlexTok gave NaN or infinity at step 0 of 3, .* for image 1:"
+    ):
+        model.decode(tokens, noise=noise, **QUICK)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from vistok.decoding.serving.request import Job, QueueFullError, Request, Ticket, make_job
-from vistok.decoding.serving.slots import Slots
+from vistok.decoding.serving.slots import Feed, Slots
 from vistok.models.generators.base import Generator, NextTokenGenerator
 from vistok.tokens import Tokens
 
@@ -41,6 +41,8 @@ class Server:
         num_slots: rows of the batch. A guided request takes two, until the last of its tokens that is guided.
         num_tokens: the most that a request may ask for; all of an image by default.
         max_waiting: requests that may wait; `None`: any number.
+        feed: computes a step instead of `model.feed`, such as `torch.compile(model.feed)`. It sees the first 1, 2, 4,
+            8, ... rows of one cache that is kept, and so as many kinds of arguments.
 
     Raises:
         ValueError: a generator of another kind, or a number outside its range.
@@ -53,6 +55,7 @@ class Server:
         num_slots: int = 16,
         num_tokens: int | None = None,
         max_waiting: int | None = 1024,
+        feed: Feed | None = None,
     ) -> None:
         if not isinstance(model, NextTokenGenerator):
             raise ValueError(
@@ -69,7 +72,8 @@ class Server:
         self.model = model
         self.num_slots, self.num_tokens, self.max_waiting = num_slots, num_tokens, max_waiting
         self._ids = itertools.count()
-        self._slots = Slots(model, num_slots, num_tokens)
+        self._feed: Feed = model.feed if feed is None else feed
+        self._slots = self._new_slots()
         self._waiting: list[tuple[int, int, Job]] = []  # a heap by priority and number
         self._admitted: dict[int, Ticket] = {}
         self._changed = threading.Condition()  # guards the three above
@@ -121,7 +125,7 @@ class Server:
             except BaseException as error:
                 for ticket in list(self._admitted.values()):
                     self._resolve(ticket, error)
-                self._slots = Slots(self.model, self.num_slots, self.num_tokens)
+                self._slots = self._new_slots()
                 raise
 
     def run(self) -> Iterator[Ticket]:
@@ -143,6 +147,9 @@ class Server:
                 self.step()
             except Exception:
                 logger.exception("a step failed, and with it all images that were being drawn")
+
+    def _new_slots(self) -> Slots:
+        return Slots(self.model, self.num_slots, self.num_tokens, self._feed)
 
     def _check_queue(self) -> None:
         if self.max_waiting is None or len(self._waiting) < self.max_waiting:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import heapq
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,6 +16,8 @@ from vistok.kernels.sampling import sample_tokens
 from vistok.models.generators.base import NextTokenGenerator, join_conditions
 from vistok.models.layers.kv_cache import KVCache
 from vistok.tokens import Tokens
+
+Feed = Callable[[Tensor, KVCache], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -61,23 +65,26 @@ class Draws:
 class Slots:
     """Rows of one model, each of which is free or belongs to a request.
 
-    Shapes never change: all rows are read at every step, and what comes of a free one is not used. What a step needs
-    to know, positions, scales and uniforms, was put on the device when a request joined, and a step leaves its tokens
-    there, so that nothing waits for the device until a request leaves.
+    A step reads the first 1, 2, 4, 8, ... rows, as many as it takes to reach all requests, so that few shapes occur; what
+    comes of a free row is not used. What a step needs to know, positions, scales and uniforms, was put on the device
+    when a request joined, and a step leaves its tokens there, so that nothing waits for the device until a request
+    leaves.
 
     Args:
         model: a next-token generator.
         num_slots: rows.
         num_tokens: room for so many tokens of an image.
+        feed: computes a step, as `model.feed` does.
     """
 
-    def __init__(self, model: NextTokenGenerator, num_slots: int, num_tokens: int) -> None:
+    def __init__(self, model: NextTokenGenerator, num_slots: int, num_tokens: int, feed: Feed) -> None:
         device = model.device
-        self.model = model
+        self.model, self._feed = model, feed
         self.seats: list[Seat] = []
         self.num_tokens = num_tokens
-        self._free = list(range(num_slots))
+        self._free = list(range(num_slots))  # a heap: requests stay in front
         self._cache: KVCache | None = None  # from the first request on
+        self._views: dict[int, KVCache] = {}  # the first rows of the cache, by their number
         self._indices = torch.zeros(num_slots, num_tokens, dtype=torch.int64, device=device)
         self._uniforms = torch.zeros(num_slots, num_tokens, device=device)
         self._scales = torch.ones(num_slots, num_tokens, device=device)
@@ -101,7 +108,7 @@ class Slots:
         rows = functools.reduce(join_conditions, [*(job.ticket.request.condition for job in jobs), *nulls])
         source = self.model.new_cache(len(rows), 1)
         first = self.model.prefill(rows.to(self.model.device), source)[:, -1]  # [r v]
-        taken, self._free = self._free[: len(rows)], self._free[len(rows) :]
+        taken = [heapq.heappop(self._free) for _ in range(len(rows))]
         slots = self._tensor(taken)
         self._put(slots, source)
         null_rows = iter(taken[len(jobs) :])
@@ -119,10 +126,11 @@ class Slots:
         self._regroup()
 
     def step(self) -> None:
-        """Read the last token of every row, and draw the next one of every request that is not done."""
-        assert self._cache is not None
-        (logits,) = self.model.feed(self._last[:, None], self._cache)  # [s 1 v]
-        self._cache.advance_rows(self._is_open)
+        """Read the token that was drawn last of every request, and draw the next one of those that are not done."""
+        num_rows = self._num_read()
+        cache = self._first_rows(num_rows)
+        (logits,) = self._feed(self._last[:num_rows, None], cache)  # [n 1 v]
+        cache.advance_rows(self._is_open[:num_rows])
         self._draw(logits[:, 0], self._draws)
         is_same = self._advance_seats([seat for seat in self.seats if not seat.is_done])
         if not is_same:
@@ -131,7 +139,7 @@ class Slots:
     def leave(self, seat: Seat) -> None:
         """Free the slots of a request."""
         self.seats.remove(seat)
-        self._free += seat.rows
+        self._release(*seat.rows)
         self._regroup()
 
     def tokens(self, seat: Seat) -> Tokens:
@@ -159,7 +167,25 @@ class Slots:
             self._cache.put_rows(
                 torch.arange(len(self._last), device=slots.device), source, rows[:1].expand(len(self._last))
             )
+        stored = self._cache.tensors()
         self._cache.put_rows(slots, source, rows)
+        if any(new is not old for new, old in zip(self._cache.tensors(), stored, strict=True)):
+            self._views.clear()  # a text that is longer than all before took new storage
+
+    def _num_read(self) -> int:
+        """Rows up to the last that belongs to a request, rounded up to a power of 2 where there are so many."""
+        last = max(max(seat.rows) for seat in self.seats)
+        return min(len(self._last), 1 << last.bit_length())
+
+    def _first_rows(self, count: int) -> KVCache:
+        assert self._cache is not None
+        if count not in self._views:
+            self._views[count] = self._cache.narrow(count)
+        return self._views[count]
+
+    def _release(self, *rows: int) -> None:
+        for row in rows:
+            heapq.heappush(self._free, row)
 
     def _write_plan(self, seat: Seat) -> None:
         """All draws and scales of a request, so that no step has to bring them."""
@@ -169,7 +195,7 @@ class Slots:
         self._scales[seat.row, :num_tokens] = torch.tensor(seat.job.scales, device=self._scales.device)
 
     def _draw(self, logits: Tensor, draws: list[Draws]) -> None:
-        """Draw the next token of some slots from the logits of all, `[s v]`."""
+        """Draw the next token of some slots from logits `[s v]`, whose rows are those of the slots."""
         for some in draws:
             rows, place = some.rows, self._num_drawn[some.rows]  # [g] each
             read = rows if some.null_rows is None else torch.cat([rows, some.null_rows])
@@ -189,7 +215,7 @@ class Slots:
         for seat in seats:
             seat.num_drawn += 1
             if seat.null_row is not None and seat.num_drawn >= seat.job.num_guided:
-                self._free.append(seat.null_row)
+                self._release(seat.null_row)
                 seat.null_row, is_same = None, False
             is_same = is_same and not seat.is_done
         return is_same

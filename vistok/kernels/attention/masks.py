@@ -184,6 +184,9 @@ class LastKeyRepeats(AttentionMask):
         return True
 
     def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        return self.once(f"dense {num_keys}", device, lambda: self._dense(num_keys, device))
+
+    def _dense(self, num_keys: int, device: torch.device) -> Tensor:
         added = torch.zeros(num_keys)
         added[-1] = math.log(self.count)
         return added.to(device)[None, None, None]  # [1 1 1 k], float32

@@ -81,10 +81,13 @@ def _logits(
 
 
 @triton.jit
-def _unless_hidden(values, allowed):
-    """Rows `[c d]` of a tile of keys, zeros where no query of the tile looks: 0 * NaN is NaN."""
-    seen = tl.max(allowed.to(tl.int32), axis=0)
-    return tl.where(seen[:, None] > 0, values, 0.0)
+def _seen_only(cols, allowed, num_keys):
+    """`[c]`: keys that some query of the tile sees, and for others one beyond them all, which is loaded as zeros.
+
+    A weight of 0 does not hide a NaN. The columns are replaced, not the values: a select on what a product reads does
+    not compile everywhere.
+    """
+    return tl.where(tl.max(allowed.to(tl.int32), axis=0) > 0, cols, num_keys)
 
 
 @triton.jit
@@ -122,14 +125,13 @@ def _forward(
     begin, end = _seen_keys(tile * BLOCK_Q, last_row, spans, num_queries, num_keys, CAUSAL, SPANS)
     for start in range(begin, end, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
-        k = _load(k_ptr, cols, k_n, k_d, num_keys, HEAD_DIM, BLOCK_D)
-        v = _load(v_ptr, cols, v_n, v_d, num_keys, HEAD_DIM, BLOCK_D)
         allowed = _may_attend(
             rows, cols, spans, dense_ptr, m_q, m_k, num_queries, num_keys, CAUSAL, SPANS, DENSE
         )
+        seen = _seen_only(cols, allowed, num_keys) if HIDES else cols
+        k = _load(k_ptr, seen, k_n, k_d, num_keys, HEAD_DIM, BLOCK_D)
+        v = _load(v_ptr, seen, v_n, v_d, num_keys, HEAD_DIM, BLOCK_D)
         logits = _logits(q, k, rows, cols, allowed, dense_ptr, m_q, m_k, scale, DENSE, WIDENS)
-        if HIDES:
-            v = _unless_hidden(v, allowed)
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # so that -inf - -inf never occurs
         weights = tl.exp2(logits - shift[:, None])
@@ -172,13 +174,12 @@ def _backward_queries(
     begin, end = _seen_keys(tile * BLOCK_Q, last_row, spans, num_queries, num_keys, CAUSAL, SPANS)
     for start in range(begin, end, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
-        k = _load(k_ptr, cols, k_n, k_d, num_keys, HEAD_DIM, BLOCK_D)
-        v = _load(v_ptr, cols, v_n, v_d, num_keys, HEAD_DIM, BLOCK_D)
         allowed = _may_attend(
             rows, cols, spans, dense_ptr, m_q, m_k, num_queries, num_keys, CAUSAL, SPANS, DENSE
         )
-        if HIDES:
-            k, v = _unless_hidden(k, allowed), _unless_hidden(v, allowed)
+        seen = _seen_only(cols, allowed, num_keys) if HIDES else cols
+        k = _load(k_ptr, seen, k_n, k_d, num_keys, HEAD_DIM, BLOCK_D)
+        v = _load(v_ptr, seen, v_n, v_d, num_keys, HEAD_DIM, BLOCK_D)
         logits = _logits(q, k, rows, cols, allowed, dense_ptr, m_q, m_k, scale, DENSE, WIDENS)
         weights = tl.exp2(logits - lse[:, None])
         d_logits = weights * (_dot(grad, tl.trans(v), WIDENS) - delta[:, None])

@@ -137,10 +137,11 @@ def _attend_kernel(
             tl.store(keys + places * keys_position + channels[None, :], new_keys, mask=mask)
             tl.store(values + places * values_position + channels[None, :], new_values, mask=mask)
 
-    mean = weighted / tl.where(total > 0, total, 1.0)[:, None]  # zeros of a query that sees nothing
+    total = tl.where(total > 0, total, 1.0)  # a query that sees nothing gets zeros, and of its parts no weight
     place = (part.to(tl.int64) * num_rows + row) * NUM_KEY_HEADS * GROUP + head_query
     place = place * num_new + new_query
-    tl.store(out + place[:, None] * head_dim + channels[None, :], mean, mask=is_query[:, None] & is_channel)
+    places = place[:, None] * head_dim + channels[None, :]
+    tl.store(out + places, weighted / total[:, None], mask=is_query[:, None] & is_channel)
     if NUM_PARTS > 1:
         tl.store(log_totals + place, largest + tl.log2(total), mask=is_query)
 

@@ -223,17 +223,28 @@ class KVCache:
         rows, theirs = self._own_rows(), other._own_rows()
         for mine, new in zip(self.tensors(), other.tensors(), strict=True):
             if mine.shape != new.shape:
-                raise ValueError(f"a cache of {list(new.shape)} cannot be loaded into one of {list(mine.shape)}")
+                raise ValueError(
+                    f"a cache of {list(new.shape)} cannot be loaded into one of {list(mine.shape)}"
+                )
             mine.copy_(new)
         self.forget_nodes()
         rows.most = theirs.most
 
     def narrow(self, batch_size: int) -> KVCache:
-        """The first rows as a cache of its own length that shares their storage; not once the rows are split."""
-        if self.rows is not None:
-            raise ValueError("a cache whose rows advance separately cannot be narrowed")
+        """The first rows as a cache that shares their storage, with a length of its own unless the rows are split.
+
+        Raises:
+            ValueError: the rows are split and their storage can grow, and so would be shared no longer.
+        """
         view = copy.copy(self)
         view.layers = [layer.narrow(batch_size) for layer in self.layers]
+        if self.rows is None:
+            return view
+        if self.rows.can_grow:
+            raise ValueError("a cache whose rows advance separately cannot be narrowed while it can grow")
+        view.rows = RowLengths(self.rows.lengths[:batch_size], self.rows.most, can_grow=False)
+        for layer in view.layers:
+            layer.rows = view.rows
         return view
 
     def rollback(self, length: int) -> None:
@@ -269,7 +280,9 @@ class KVCache:
         """
         rows = self._own_rows()
         if rows.most + count > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} positions, {rows.most + count} were asked for")
+            raise ValueError(
+                f"the cache holds {self.max_length} positions, {rows.most + count} were asked for"
+            )
         self.forget_nodes()
         rows.lengths += count  # in place: a CUDA graph reads them
         rows.most += count
@@ -332,7 +345,9 @@ class KVCache:
         """
         own = self._own_rows()
         if source.length > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} positions, {source.length} were to be put there")
+            raise ValueError(
+                f"the cache holds {self.max_length} positions, {source.length} were to be put there"
+            )
         for layer, other in zip(self.layers, source.layers, strict=True):
             layer.put_rows(slots, other, rows)
         own.lengths.index_fill_(0, slots, source.length)

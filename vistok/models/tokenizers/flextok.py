@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.kernels.attention import LastKeyRepeats
+from vistok.models.finite import FirstBadStep
 from vistok.models.quantizers.fsq import FSQ
 from vistok.models.tokenizers import flow
 from vistok.models.tokenizers.base import ImageTokenizer
@@ -74,6 +75,7 @@ class FlexTok(ImageTokenizer):
     """
 
     _supports_gradient_checkpointing = False
+    _keep_in_fp32_modules = ["vae"]  # see `to`; `from_pretrained` of diffusers reads it
     variable_length = True
 
     @register_to_config
@@ -151,6 +153,13 @@ class FlexTok(ImageTokenizer):
             learned_null=learned_null,
         )
 
+    def to(self, *args: Any, **kwargs: Any) -> FlexTok:
+        """As `Module.to`, but that the autoencoder keeps its dtype, float32, as its authors advise."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        for part in (self.encoder, self.quantizer, self.decoder):
+            part.to(dtype=dtype)
+        return super().to(device=device, non_blocking=non_blocking)
+
     def encode_all(
         self, images: Tensor, *, sample: bool | None = None, generator: Generators = None
     ) -> Tokens:
@@ -212,7 +221,11 @@ class FlexTok(ImageTokenizer):
         guidance_mode: str = "normalized",
         timesteps: Sequence[float] | None = None,
     ) -> Tensor:
-        """Latents `[b c h w]`, scaled, of `tokens`; arguments as for `decode`."""
+        """Latents `[b c h w]`, scaled, of `tokens`; arguments as for `decode`.
+
+        Raises:
+            ValueError: wrong tokens, noise or settings; a velocity that is not finite.
+        """
         self.check_tokens(tokens)
         if noise.shape != (len(tokens), *self.vae.latent_shape):
             raise ValueError(
@@ -224,16 +237,22 @@ class FlexTok(ImageTokenizer):
         codes = self.quantizer.indices_to_codes(tokens.data.to(self.device))
         kept = self.decoder.kept_registers(codes, tokens.token_counts.to(self.device))
         null = self.decoder.null_registers(len(tokens))
+        first_bad = FirstBadStep(len(tokens), len(times), self.device)
 
         def velocity(latents: Tensor, step: int) -> Tensor:
             now = modulations.at(step)
             if guidance_scale == 1.0:
-                return self.decoder.velocity(latents, kept, now).float()
-            cond, uncond = self.decoder.velocities(latents, kept, null, now)
-            scale = guidance_scale(times[step]) if callable(guidance_scale) else guidance_scale
-            return guidance(cond.float(), uncond.float(), scale)
+                found = self.decoder.velocity(latents, kept, now).float()
+            else:
+                cond, uncond = self.decoder.velocities(latents, kept, null, now)
+                scale = guidance_scale(times[step]) if callable(guidance_scale) else guidance_scale
+                found = guidance(cond.float(), uncond.float(), scale)
+            first_bad.note(step, found)
+            return found
 
-        return flow.euler(velocity, noise.to(self.device, torch.float32), times)
+        latents = flow.euler(velocity, noise.to(self.device, torch.float32), times)
+        first_bad.check(f"the decoder of {type(self).__name__}")
+        return latents
 
     def encode_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """`images [b 3 H W]` -> scaled latents `[b c h w]`; the posterior's mode, or the draw of `noise [b c h w]`."""
@@ -460,7 +479,9 @@ class FlexTokDecoder(nn.Module):
             for layer in self.block_modulations
         ]
         head = rearrange(self.head_modulation(embedded), "t (part d) -> part t 1 d", part=2)
-        is_scale = torch.tensor([0, 0, 0, 1, 0, 1], device=head.device, dtype=head.dtype)[:, None, None, None, None]
+        is_scale = torch.tensor([0, 0, 0, 1, 0, 1], device=head.device, dtype=head.dtype)[
+            :, None, None, None, None
+        ]
         return Modulations([block + is_scale for block in blocks], head + is_scale[2:4, 0])
 
     def velocity(self, latents: Tensor, registers: Registers, modulations: Modulations) -> Tensor:

@@ -119,7 +119,9 @@ class Packing(NamedTuple):
     num_patches: int  # of a pass
     num_registers: int
     mask: AttentionMask | None = None  # of the only or conditional pass
-    null_mask: AttentionMask | None = None  # of the unconditional pass, with the null register as the last key
+    null_mask: AttentionMask | None = (
+        None  # of the unconditional pass, with the null register as the last key
+    )
     is_guided: bool = False
 
     @property
@@ -239,8 +241,7 @@ class FlexTokMLP(nn.Module):
 
 def layer_norm(hidden_states: Tensor, eps: float) -> Tensor:
     """Normalise the last axis, without parameters; computed in float32, returned in the input's dtype."""
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
+    return F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=eps).to(hidden_states.dtype)
 
 
 def sine_cosine_table(grid_size: int, dim: int) -> Tensor:
