@@ -184,10 +184,10 @@ def test_lengths_and_folders_that_cannot_be(run, model: Path, out: Path, options
 
 
 def test_ctrl_c_ends_the_progress_bar(run, model: Path, out: Path, monkeypatch) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vistok.decoding.ordered.apply_guidance", interrupted)
+    monkeypatch.setattr("vistok.decoding.ordered.sample_tokens", interrupted)
     finished = run("generate", "cat", "-o", out / "a.png", "--model", model)
     assert finished.code == 130
     assert finished.stderr.rstrip().endswith(

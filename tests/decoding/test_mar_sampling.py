@@ -162,7 +162,7 @@ def test_modulations_made_ahead_change_nothing(model, monkeypatch, scale: float,
     monkeypatch.setattr(mar_sampling, "ROWS_AT_ONCE", rows_at_once)
     conditions, noisy = torch.randn(4, 3, 24), torch.randn(2, 3, 3)
     timesteps = HEAD.chain(9).timesteps
-    predict = GuidedDenoiser(model.denoiser, conditions, scale, timesteps, 2)
+    predict = GuidedDenoiser(model.denoiser, conditions, scale, timesteps.tolist(), 2)
     for timestep in timesteps.flip(0):
         cond, uncond = model.denoiser(noisy.repeat(2, 1, 1), timestep.expand(4, 3), conditions).chunk(2)
         noise = uncond[..., :3] + scale * (cond[..., :3] - uncond[..., :3])

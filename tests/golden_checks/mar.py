@@ -104,7 +104,7 @@ def _check_head(case: GoldenCase, model: MAR, comparison: Comparison) -> None:
     for row in range(half):  # what samples agrees with it; it takes one timestep for all rows
         if times[row] == times[half + row]:
             branches = conditions[[row, half + row]][:, None]
-            predict = GuidedDenoiser(model.denoiser, branches, 2.5, times[row : row + 1], 1)
+            predict = GuidedDenoiser(model.denoiser, branches, 2.5, [int(times[row])], 1)
             sampled = predict(noisy[row][None, None], float(times[row]))[0, 0]
             comparison.compare(f"GuidedDenoiser() of row {row}", sampled, guided[row])
 

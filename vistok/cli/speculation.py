@@ -67,7 +67,7 @@ def make_speculation(
     from vistok.hub import load_drafter
     from vistok.pipelines.speculation import SpeculativeDecoding, check_speculation, make_rule
 
-    check_speculation(pipeline.transformer, has_given=False, has_processor=False, has_preview=False)
+    check_speculation(pipeline.transformer)
     name = drafter or own_drafter(pipeline)
     if name is None:
         raise ValueError("this model comes without a drafter; name one with --drafter, for example jacobi")

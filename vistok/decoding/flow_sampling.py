@@ -11,6 +11,7 @@ from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_g
 from vistok.decoding.ordered import StepCallback
 from vistok.decoding.step_schedules import steps_of_each
 from vistok.decoding.streams import NormalSource, StepNoise
+from vistok.models.finite import FirstBadStep
 from vistok.models.generators.xar import XAR, Modulations
 from vistok.models.heads.flow import FlowHead
 from vistok.models.layers.kv_cache import KVCache
@@ -48,10 +49,11 @@ def generate_flow(
         Latents `[b n c]` float32 in storage order, not scaled: what the tokenizer decodes.
 
     Raises:
-        ValueError: a label out of range, not one number of denoising steps per step of the order, or too few of them.
+        ValueError: a label out of range, not one number of denoising steps per step of the order, or too few of them;
+            tokens that are not finite.
     """
     head, guidance = head or model.head, guidance or ConstantGuidance()
-    batch_size, plan = len(class_labels), model.order.plan()
+    batch_size, plan = len(class_labels), [positions.to(model.device) for positions in model.order.plan()]
     counts = steps_of_each(num_inference_steps, len(plan))
     # All times that the network is asked for; it raises here where the steps are too few.
     times = {time for count in set(counts) for time in head.integrator.times(count)}
@@ -60,6 +62,7 @@ def generate_flow(
     modulations = SharedModulations(model, labels, times)
     cache = model.new_cache(2 * batch_size)
     latents = torch.zeros(batch_size, model.num_tokens, model.latent_dim, device=model.device)
+    first_bad = FirstBadStep(batch_size, len(plan), model.device)
     for step, positions in enumerate(plan):
         if all(scale == 1.0 for scale in scales[step:]):
             cache = cache.narrow(batch_size)  # nobody asks for the other branch any more
@@ -67,9 +70,11 @@ def generate_flow(
         velocity = StepVelocity(model, modulations, cache, context, scales[step])
         noise = StepNoise(streams, (len(positions), model.latent_dim), model.device)
         drawn = head.sample(velocity, noise, num_inference_steps=counts[step])  # [b k c]
+        first_bad.note(step, drawn)
         latents[:, positions] = drawn.to(latents.dtype)
         if on_step is not None:
             on_step(step, latents / model.latent_scale)
+    first_bad.check(type(model).__name__)
     return Tokens(latents=latents / model.latent_scale, layout=model.layout)
 
 
@@ -89,21 +94,22 @@ class SharedModulations:
         self.model = model
         self.classes, self.rows = labels.unique(return_inverse=True)  # [u], [r]
         self.columns = {time: column for column, time in enumerate(times)}
+        self.times = torch.tensor(list(times), dtype=torch.float32, device=labels.device)  # [t]
         self.kept: Tensor | None = None
         if len(self.classes) * len(times) <= MODULATIONS_KEPT:
-            self.kept = torch.stack(self._of_classes(list(times)))  # [blocks u t 6d]
+            self.kept = torch.stack(self._of_classes(self.times))  # [blocks u t 6d]
 
     def at(self, times: Sequence[float], num_rows: int) -> Modulations:
         """Those of the first `num_rows` rows, for steps at these times."""
-        rows = self.rows[:num_rows]
+        rows, columns = self.rows[:num_rows], [self.columns[time] for time in times]
         if self.kept is None:
-            return [of_block[rows] for of_block in self._of_classes(times)]
-        columns = torch.tensor([self.columns[time] for time in times], device=rows.device)
-        return list(self.kept[:, rows[:, None], columns])  # [r s 6d] each
+            asked = torch.stack([self.times[column] for column in columns])
+            return [of_block[rows] for of_block in self._of_classes(asked)]
+        found = [self.kept[:, :, column : column + 1][:, rows] for column in columns]  # [blocks r 1 6d] each
+        return list(found[0] if len(found) == 1 else torch.cat(found, dim=2))
 
-    def _of_classes(self, times: Sequence[float]) -> Modulations:
-        row = torch.tensor(times, dtype=torch.float32, device=self.classes.device)
-        return self.model.modulate(row.expand(len(self.classes), -1), self.classes)
+    def _of_classes(self, times: Tensor) -> Modulations:
+        return self.model.modulate(times.expand(len(self.classes), -1), self.classes)
 
 
 class StepVelocity:

@@ -15,7 +15,8 @@ from vistok.decoding.context_reuse import ContextReuse
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_guidance
 from vistok.decoding.ordered import StepCallback
 from vistok.decoding.step_schedules import steps_of_each
-from vistok.decoding.streams import NormalSource, StepNoise, UniformSource
+from vistok.decoding.streams import NormalSource, StepNoise, UniformSource, to_device
+from vistok.models.finite import FirstBadStep
 from vistok.models.generators.mar import MAR, Cache, take
 from vistok.models.heads.diffusion import Denoiser, DiffusionHead, Modulation
 from vistok.tokens import Tokens
@@ -75,7 +76,7 @@ def generate_mar(
 
     Raises:
         ValueError: a label out of range, more steps than tokens, orders that are none, not one number of
-            denoising steps per step, or too few of them.
+            denoising steps per step, or too few of them; tokens that are not finite.
     """
     head, guidance, reuse = (
         head or model.head,
@@ -84,11 +85,12 @@ def generate_mar(
     )
     plan = make_plan(model, len(class_labels), num_steps, orders, streams)
     counts = steps_of_each(num_inference_steps, num_steps)
-    chains = [head.chain(count).timesteps for count in counts]  # raises where there are too few
+    chains = [head.chain(count).timesteps.tolist() for count in counts]  # raises where there are too few
     scales = plan.scales(guidance)
     labels = both_branches(model, class_labels, null_labels, scales)
     backbone = Backbone(model, labels, plan.sequence, reuse)
     latents = empty_canvas(model, len(class_labels))
+    first_bad = FirstBadStep(len(class_labels), num_steps, model.device)
     for step, (start, end) in enumerate(plan.spans):
         if all(scale == 1.0 for scale in scales[step:]):
             backbone.drop_unconditional()
@@ -96,9 +98,11 @@ def generate_mar(
         predict = GuidedDenoiser(model.denoiser, conditions, scales[step], chains[step], len(class_labels))
         noise = StepNoise(streams, (end - start, model.latent_dim), model.device)
         drawn = head.sample(predict, noise, num_inference_steps=counts[step])  # [b k c]
+        first_bad.note(step, drawn)
         latents = put(latents, plan.sequence[:, start:end], drawn)
         if on_step is not None:
             on_step(step, latents / model.latent_scale)
+    first_bad.check(type(model).__name__)
     return Tokens(latents=latents / model.latent_scale, layout=model.layout)
 
 
@@ -249,17 +253,22 @@ class GuidedDenoiser:
         denoiser: the network.
         conditions: `[r k d]`, of the conditional and, after it, of the unconditional branch.
         scale: of the guidance.
-        timesteps: `[t]` int64, of the chain.
+        timesteps: of the chain, ascending.
         batch_size: images.
     """
 
     def __init__(
-        self, denoiser: Denoiser, conditions: Tensor, scale: float, timesteps: Tensor, batch_size: int
+        self,
+        denoiser: Denoiser,
+        conditions: Tensor,
+        scale: float,
+        timesteps: Sequence[int],
+        batch_size: int,
     ) -> None:
         self.denoiser = denoiser
         self.embedded = denoiser.embed_conditions(conditions[:batch_size] if scale == 1.0 else conditions)
         self.scale = scale
-        self.timesteps = timesteps.tolist()
+        self.timesteps = timesteps
         self.ready: dict[int, Modulation] = {}
 
     def __call__(self, noisy: Tensor, time: float) -> Tensor:
@@ -278,7 +287,7 @@ class GuidedDenoiser:
             last = self.timesteps.index(timestep) + 1
             at_once = max(1, ROWS_AT_ONCE // max(1, self.embedded.shape[0] * self.embedded.shape[1]))
             chosen = self.timesteps[max(0, last - at_once) : last]
-            times = torch.tensor(chosen, device=self.embedded.device)[:, None, None]
+            times = to_device(torch.tensor(chosen), self.embedded.device)[:, None, None]
             of_blocks, of_output = self.denoiser.modulate(self.embedded, times)  # [t r k ...]
             self.ready = {
                 each: ([block[i] for block in of_blocks], of_output[i]) for i, each in enumerate(chosen)

@@ -13,7 +13,8 @@ from vistok.decoding.given import Given
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule, apply_guidance
 from vistok.decoding.ordered import StepCallback
 from vistok.decoding.sampling import LogitsProcessor
-from vistok.decoding.streams import UniformSource
+from vistok.decoding.streams import UniformSource, to_device
+from vistok.models.finite import FirstBadStep
 from vistok.models.generators.base import MaskedGenerator
 from vistok.models.layers.context_cache import ContextCache, Evaluation
 from vistok.order import ConfidenceOrder
@@ -99,38 +100,47 @@ def generate_masked(
         `[b n]` int64 with `n = model.num_tokens`.
 
     Raises:
-        ValueError: `given` does not fit.
+        ValueError: `given` does not fit; logits that are not finite.
     """
     sampling = sampling or MaskedSamplingParams()
     guidance = guidance or ConstantGuidance()
     class_labels = class_labels.to(model.device)
     null = torch.full_like(class_labels, model.null_label) if null_labels is None else null_labels
     scales = [guidance.at(step, sampling.num_steps) for step in range(sampling.num_steps)]
-    backbone = Backbone(model, class_labels, null.to(model.device), scales, reuse or ContextReuse(period=1))
     indices = _canvas(model, len(class_labels), given)
-    schedules = [
+    counts = [
         _num_masked(row, sampling.num_steps) for row in (indices == model.mask_token_id).sum(dim=1).tolist()
-    ]
+    ]  # before the first and after every step, of each image
+    most_masked = [max(of_images) for of_images in zip(*counts, strict=True)]
+    num_masked = torch.tensor(counts, device=indices.device)  # [b 1+steps]
+    backbone = Backbone(
+        model, class_labels, null.to(model.device), scales, reuse or ContextReuse(period=1), most_masked
+    )
+    first_bad = FirstBadStep(len(indices), sampling.num_steps, indices.device)
     for step in range(sampling.num_steps):
         logits = backbone.logits(step, indices)  # [b n v]
+        first_bad.note(step, logits)
         if logits_processor is not None:
             logits = logits_processor(logits)
         logits = logits / sampling.softmax_temperature_at(step)
         noise = sampling.noise_at(step)
-        code_noise = gumbel(streams.uniform(model.num_tokens, model.codebook_size)).to(logits.device)
+        code_noise = gumbel(
+            to_device(streams.uniform(model.num_tokens, model.codebook_size), logits.device)
+        )
         proposed = (logits + noise * code_noise).argmax(dim=-1)  # [b n]
         # The confidence is the proposed code's logit, not its probability.
         confidence = logits.gather(-1, proposed[..., None])[..., 0]
-        confidence = confidence + noise * gumbel(streams.uniform(model.num_tokens)).to(logits.device)
+        place_noise = gumbel(to_device(streams.uniform(model.num_tokens), logits.device))
+        confidence = confidence + noise * place_noise
         is_masked = indices == model.mask_token_id
-        num_masked = torch.tensor([schedule[step] for schedule in schedules], device=indices.device)
         ranks = (
             confidence.masked_fill(~is_masked, float("inf")).argsort(dim=-1).argsort(dim=-1)
         )  # 0: least sure
         indices = torch.where(is_masked, proposed, indices)
-        indices = indices.masked_fill(ranks < num_masked[:, None], model.mask_token_id)
+        indices = indices.masked_fill(ranks < num_masked[:, step + 1, None], model.mask_token_id)
         if on_step is not None:
             on_step(step, indices)
+    first_bad.check(type(model).__name__)
     return indices
 
 
@@ -145,14 +155,14 @@ def _canvas(model: MaskedGenerator, batch_size: int, given: Given | None) -> Ten
 
 
 def _num_masked(num_undecided: int, num_steps: int) -> list[int]:
-    """How many positions of an image are masked after every step; an image without undecided ones has none."""
+    """How many positions of an image are masked before the first step and after every one; with none to decide, none."""
     if num_undecided == 0:
-        return [0] * num_steps
+        return [0] * (1 + num_steps)
     order = ConfidenceOrder(num_undecided, steps=num_steps)
     counts = [num_undecided]
     for step in range(num_steps):
         counts.append(order.num_masked_after(step, counts[-1]))
-    return counts[1:]
+    return counts
 
 
 def predict(
@@ -174,6 +184,7 @@ class Backbone:
         class_labels, null_labels: `[b]`, of both branches of guidance.
         scales: of guidance, at every step.
         reuse: which evaluations are full.
+        most_masked: undecided positions of the image with the most of them, before every step.
     """
 
     def __init__(
@@ -183,11 +194,13 @@ class Backbone:
         null_labels: Tensor,
         scales: Sequence[float],
         reuse: ContextReuse,
+        most_masked: Sequence[int],
     ) -> None:
         self.model = model
         self.labels = (class_labels, null_labels)
         self.scales = scales
         self.reuse = reuse
+        self.most_masked = most_masked
         self.cache: ContextCache | None = None
         if reuse.period > 1:
             self.cache = model.new_cache(len(class_labels) * self._num_branches(0, len(scales)))
@@ -201,7 +214,7 @@ class Backbone:
             return self._cheap(step, indices, self.cache)
         # The unconditional branch is needed where a cheap evaluation before the next full one is guided.
         branches = self._num_branches(step, self.reuse.next_full(step))
-        self.live = undecided(indices == self.model.mask_token_id)
+        self.live = undecided(indices == self.model.mask_token_id, self.most_masked[step])
         return self._evaluate(step, indices, branches, self.cache.evaluate_all(branches * len(indices)))
 
     def _cheap(self, step: int, indices: Tensor, cache: ContextCache) -> Tensor:
@@ -223,11 +236,10 @@ class Backbone:
         return 1 if all(scale == 1.0 for scale in self.scales[start:end]) else 2
 
 
-def undecided(is_masked: Tensor) -> Tensor:
-    """Where `is_masked [b n]`, by ascending position; rows with fewer are padded with `n`: `[b k]` int64."""
+def undecided(is_masked: Tensor, most: int) -> Tensor:
+    """Where `is_masked [b n]`, by ascending position: `[b most]` int64; rows with fewer are padded with `n`."""
     positions = (~is_masked).to(torch.uint8).argsort(dim=1, stable=True)
-    positions = positions.masked_fill(~is_masked.gather(1, positions), is_masked.shape[1])
-    return positions[:, : int(is_masked.sum(dim=1).max())]
+    return positions.masked_fill(~is_masked.gather(1, positions), is_masked.shape[1])[:, :most]
 
 
 def gumbel(uniforms: Tensor) -> Tensor:

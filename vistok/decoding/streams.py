@@ -57,6 +57,11 @@ class ImageStreams:
         ]
 
 
+def to_device(draws: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, copied to `device` without the host waiting for what the device does just now."""
+    return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws.to(device)
+
+
 class StepNoise:
     """Noise for the tokens of one step, `[b *shape]` on a device; the `Draw` of a head."""
 
@@ -66,4 +71,4 @@ class StepNoise:
         self.device = device
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
-        return self.streams.normal(*self.shape, dtype=dtype).to(self.device)
+        return to_device(self.streams.normal(*self.shape, dtype=dtype), self.device)

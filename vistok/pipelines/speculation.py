@@ -35,7 +35,12 @@ class SpeculativeDecoding:
 
 
 def check_speculation(
-    model: Generator, *, has_given: bool, has_processor: bool, has_preview: bool, is_offloading: bool
+    model: Generator,
+    *,
+    has_given: bool = False,
+    has_processor: bool = False,
+    has_preview: bool = False,
+    is_offloading: bool = False,
 ) -> None:
     """Raises ValueError when a call asks for what only plain decoding does."""
     if not isinstance(model, NextTokenGenerator):

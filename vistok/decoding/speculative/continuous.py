@@ -386,7 +386,7 @@ class _Walk:
         """Tokens `start` to `end` of the sequence from the first `start`, which are in `latents [b n c]`."""
         backbone = Backbone(model, self.labels, self.sequence, ContextReuse(period=1))
         conditions = backbone.conditions(latents, start, end)
-        timesteps = self.head.chain(self.num_inference_steps).timesteps
+        timesteps = self.head.chain(self.num_inference_steps).timesteps.tolist()
         predict = GuidedDenoiser(model.denoiser, conditions, scale, timesteps, len(latents))
         draw = self.noise.at(self.sequence[:, start:end])
         return self.head.trajectory(predict, draw, num_inference_steps=self.num_inference_steps)

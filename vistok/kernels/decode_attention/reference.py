@@ -42,19 +42,14 @@ def append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) 
     gets the same twice, so that the number of writes is fixed.
     """
     last = keys.shape[2] - 1
+    rows = torch.arange(len(keys), device=keys.device)[:, None]
     new = torch.arange(k.shape[2], device=k.device)
     fitting = torch.minimum(new, last - lengths[:, None]).clamp_min(0)  # [b t], of the block
     places = (lengths[:, None] + new).clamp_max(last)  # [b t], of the storage
     is_full = (lengths > last)[:, None, None, None]
     for block, storage in ((k, keys), (v, values)):
-        index = _per_channel(places, storage)
-        source = block.to(storage.dtype).gather(2, _per_channel(fitting, block))
-        storage.scatter_(2, index, torch.where(is_full, storage.gather(2, index), source))
-
-
-def _per_channel(positions: Tensor, like: Tensor) -> Tensor:
-    """`[b t]` -> `[b h t d]`, a view."""
-    return positions[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
+        written = block.to(storage.dtype)[rows, :, fitting]  # [b t hk d]
+        storage[rows, :, places] = torch.where(is_full, storage[rows, :, places], written)
 
 
 def visible_positions(

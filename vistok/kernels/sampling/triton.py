@@ -17,60 +17,34 @@ BITS_OF_ONE = tl.constexpr(0x3F800000)
 
 
 @triton.jit
-def part_of_row(resident, scratch, start, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
-    """What the last pass made of the ids from `start` on, `[BLOCK]` float32."""
-    if IS_RESIDENT:
-        part = resident
-    else:
-        ids = start + tl.arange(0, BLOCK)
-        part = tl.load(scratch + ids, mask=ids < vocab_size, other=0.0)
-    return part
-
-
-@triton.jit
-def put_part(part, scratch, start, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
-    """Leave `part [BLOCK]` for the next pass; a `barrier` closes a pass."""
-    if not IS_RESIDENT:
-        ids = start + tl.arange(0, BLOCK)
-        tl.store(scratch + ids, part, mask=ids < vocab_size)
-
-
-@triton.jit
-def barrier(IS_RESIDENT: tl.constexpr):
-    """What one thread put is there for all."""
-    if not IS_RESIDENT:
-        tl.debug_barrier()
-
-
-@triton.jit
 def draw_from_row(weights, scratch, uniform, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
     """The id whose share of the cumulative weights holds `uniform`; -1 where no weight is above 0.
 
-    Weights beyond the vocabulary are 0.
+    Args:
+        weights: `[BLOCK]` float32 of a row that is held, 0 beyond the vocabulary.
+        scratch: pointer to those of another.
+        uniform: in [0, 1).
     """
+    part = weights
     total = tl.full((), 0.0, tl.float64)
     for start in range(0, vocab_size, BLOCK):
-        part = part_of_row(weights, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
+        if not IS_RESIDENT:
+            ids = start + tl.arange(0, BLOCK)
+            part = tl.load(scratch + ids, mask=ids < vocab_size, other=0.0)
         total += tl.sum(part.to(tl.float64))
     target = uniform.to(tl.float64) * total
     before = tl.full((), 0.0, tl.float64)
     token, last = vocab_size + tl.full((), 0, tl.int32), tl.full((), -1, tl.int32)
     for start in range(0, vocab_size, BLOCK):
-        part = part_of_row(weights, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
         ids = start + tl.arange(0, BLOCK)
+        if not IS_RESIDENT:
+            part = tl.load(scratch + ids, mask=ids < vocab_size, other=0.0)
         cumulative = before + tl.cumsum(part.to(tl.float64), 0)
         is_past = (cumulative > target) & (part > 0)  # an id without weight is never drawn
         token = tl.minimum(token, tl.min(tl.where(is_past, ids, vocab_size)))
         last = tl.maximum(last, tl.max(tl.where(part > 0, ids, -1)))
         before += tl.sum(part.to(tl.float64))
     return tl.where(token < vocab_size, token, last)  # rounding can leave the target behind the last id
-
-
-@triton.jit
-def _ordered_bits(x):
-    """int32 that rise as the float32 `x` do; both zeros are one."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -92,95 +66,103 @@ def _read_row(
         if HAS_TEMPERATURE:
             x = tl.div_rn(x, temperature)
         num_bad += tl.sum((is_id & ((x != x) | (x == float("inf")))).to(tl.int32))
-        largest = tl.maximum(largest, tl.max(tl.where(is_id, x, float("-inf"))))
         smallest = tl.minimum(smallest, tl.min(tl.where(is_id, x, float("inf"))))
-        put_part(x, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
-    barrier(IS_RESIDENT)
+        x = tl.where(is_id, x, float("-inf"))
+        largest = tl.maximum(largest, tl.max(x))
+        if not IS_RESIDENT:
+            tl.store(scratch + ids, x, mask=is_id)
+    if not IS_RESIDENT:
+        tl.debug_barrier()
     return x, largest, smallest, num_bad
 
 
 @triton.jit
-def _bits_of_kth(
+def _flip(bits):
+    """From the bits of float32, as int32, to numbers that rise as the floats do; and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _kth_largest(
     x, scratch, smallest, largest, top_k, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr
 ):
-    """Bits at or above which lie the `top_k` largest of a row, and what equals the last of them, and no others."""
-    low, high = _ordered_bits(smallest).to(tl.int64), _ordered_bits(largest).to(tl.int64)
+    """A bound: at or above it lie the `top_k` largest of a row, and what equals the last of them, and no others."""
+    low = _flip(smallest.to(tl.int32, bitcast=True)).to(tl.int64)
+    high = _flip(largest.to(tl.int32, bitcast=True)).to(tl.int64)
+    part = x
     while low < high:
         middle = low + (high - low + 1) // 2
-        bound = middle.to(tl.int32)
+        number = middle.to(tl.int32)
+        bound = (number ^ ((number >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         count = tl.full((), 0, tl.int32)
         for start in range(0, vocab_size, BLOCK):
-            part = part_of_row(x, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
-            is_id = start + tl.arange(0, BLOCK) < vocab_size
-            count += tl.sum((is_id & (_ordered_bits(part) >= bound)).to(tl.int32))
+            ids = start + tl.arange(0, BLOCK)
+            if not IS_RESIDENT:
+                part = tl.load(scratch + ids, mask=ids < vocab_size, other=float("-inf"))
+            count += tl.sum(((part >= bound) & (ids < vocab_size)).to(tl.int32))
         low = tl.where(count >= top_k, middle, low)
         high = tl.where(count > top_k, high, tl.where(count == top_k, middle, middle - 1))
-    return low.to(tl.int32)
+    return _flip(low.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _weigh(x, scratch, largest, bound, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
-    """Weights of which the largest is 1, 0 for logits whose bits are below `bound`, and their sum."""
+    """Weights of which the largest is 1, 0 for logits below `bound`, and their sum."""
     total = tl.full((), 0.0, tl.float64)
     weights = x
     for start in range(0, vocab_size, BLOCK):
-        part = part_of_row(x, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
-        is_kept = (start + tl.arange(0, BLOCK) < vocab_size) & (_ordered_bits(part) >= bound)
-        weights = tl.where(is_kept, tl.exp(part - largest), 0.0)
+        ids = start + tl.arange(0, BLOCK)
+        if not IS_RESIDENT:
+            x = tl.load(scratch + ids, mask=ids < vocab_size, other=float("-inf"))
+        weights = tl.where((x >= bound) & (ids < vocab_size), tl.exp(x - largest), 0.0)
         total += tl.sum(weights.to(tl.float64))
-        put_part(weights, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
-    barrier(IS_RESIDENT)
+        if not IS_RESIDENT:
+            tl.store(scratch + ids, weights, mask=ids < vocab_size)
+    if not IS_RESIDENT:
+        tl.debug_barrier()
     return weights, total
 
 
 @triton.jit
-def _normalise(weights, scratch, total, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
-    """Weights over their sum."""
-    probs = weights
-    for start in range(0, vocab_size, BLOCK):
-        part = part_of_row(weights, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
-        probs = tl.div_rn(part, total.to(tl.float32))
-        put_part(probs, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
-    barrier(IS_RESIDENT)
-    return probs
+def _keep_mass(weights, scratch, total, mass, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
+    """Weights with 0 for what is not of the smallest set of most probable ids that reaches `mass`.
 
-
-@triton.jit
-def _mass_above(probs, scratch, bound, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
-    """The sum of the probabilities whose bits are above `bound`; they are not negative, so that bits rise with them."""
-    mass = tl.full((), 0.0, tl.float64)
-    for start in range(0, vocab_size, BLOCK):
-        part = part_of_row(probs, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
-        mass += tl.sum(tl.where(part.to(tl.int32, bitcast=True) > bound, part, 0.0).to(tl.float64))
-    return mass
-
-
-@triton.jit
-def _keep_mass(probs, scratch, mass, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
-    """Probabilities with 0 for what is not of the smallest set of most probable ids that reaches `mass`.
-
-    An id is kept while the mass before it is less. The smallest bits with less mass above them are those of the last
-    probability that is kept; of the ids that have it, as many as it takes, by rising id.
+    An id is kept while the mass before it is less. Bits of float32 above 0 rise with them: the smallest with less mass
+    above them are those of the last probability that is kept; of the ids that have it, as many as it takes, by rising
+    id.
     """
     low, high = tl.full((), 0, tl.int32), tl.full((), BITS_OF_ONE, tl.int32)
+    before = tl.full((), 0.0, tl.float64)  # the mass above `high`
+    norm = total.to(tl.float32)
+    part = tl.div_rn(weights, norm)
     while low < high:
         middle = (low + high) // 2
-        is_enough = _mass_above(probs, scratch, middle, vocab_size, BLOCK, IS_RESIDENT) < mass
-        low = tl.where(is_enough, low, middle + 1)
-        high = tl.where(is_enough, middle, high)
-    before = _mass_above(probs, scratch, low, vocab_size, BLOCK, IS_RESIDENT)
+        bound = middle.to(tl.float32, bitcast=True)
+        above = tl.full((), 0.0, tl.float64)
+        for start in range(0, vocab_size, BLOCK):
+            if not IS_RESIDENT:
+                ids = start + tl.arange(0, BLOCK)
+                part = tl.div_rn(tl.load(scratch + ids, mask=ids < vocab_size, other=0.0), norm)
+            above += tl.sum(tl.where(part > bound, part, 0.0).to(tl.float64))
+        low = tl.where(above < mass, low, middle + 1)
+        high = tl.where(above < mass, middle, high)
+        before = tl.where(above < mass, above, before)
+    bound = low.to(tl.float32, bitcast=True)
     num_equal = tl.full((), 0, tl.int32)
-    kept = probs
+    kept = part
     for start in range(0, vocab_size, BLOCK):
-        part = part_of_row(probs, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
-        bits = part.to(tl.int32, bitcast=True)
-        is_last = (bits == low).to(tl.int32)
+        ids = start + tl.arange(0, BLOCK)
+        if not IS_RESIDENT:
+            part = tl.div_rn(tl.load(scratch + ids, mask=ids < vocab_size, other=0.0), norm)
+        is_last = (part == bound).to(tl.int32)
         rank = num_equal + tl.cumsum(is_last, 0) - is_last  # among the equal ones
-        fits = before + rank.to(tl.float64) * part.to(tl.float64) < mass
-        kept = tl.where((bits > low) | ((bits == low) & fits), part, 0.0)
+        fits = (part == bound) & (before + rank.to(tl.float64) * part.to(tl.float64) < mass)
+        kept = tl.where((part > bound) | fits, part, 0.0)
         num_equal += tl.sum(is_last)
-        put_part(kept, scratch, start, vocab_size, BLOCK, IS_RESIDENT)
-    barrier(IS_RESIDENT)
+        if not IS_RESIDENT:
+            tl.store(scratch + ids, kept, mask=ids < vocab_size)
+    if not IS_RESIDENT:
+        tl.debug_barrier()
     return kept
 
 
@@ -203,14 +185,13 @@ def _sample_kernel(
         logits, logits + uncond_offset, scratch, scale, temperature, vocab_size,
         IS_GUIDED, HAS_TEMPERATURE, BLOCK, IS_RESIDENT,
     )  # fmt: skip
-    bound = _ordered_bits(smallest)
+    bound = smallest
     if HAS_TOP_K:
-        bound = _bits_of_kth(x, scratch, smallest, largest, top_k, vocab_size, BLOCK, IS_RESIDENT)
+        bound = _kth_largest(x, scratch, smallest, largest, top_k, vocab_size, BLOCK, IS_RESIDENT)
     weights, total = _weigh(x, scratch, largest, bound, vocab_size, BLOCK, IS_RESIDENT)
     if HAS_TOP_P:
-        probs = _normalise(weights, scratch, total, vocab_size, BLOCK, IS_RESIDENT)
         mass = tl.full((), 0.0, tl.float64) + top_p_high + top_p_low
-        weights = _keep_mass(probs, scratch, mass, vocab_size, BLOCK, IS_RESIDENT)
+        weights = _keep_mass(weights, scratch, total, mass, vocab_size, BLOCK, IS_RESIDENT)
     token = draw_from_row(weights, scratch, tl.load(uniforms + program), vocab_size, BLOCK, IS_RESIDENT)
     is_law = (num_bad == 0) & (largest > float("-inf"))
     tl.store(tokens + program, tl.where(is_law, token, -1).to(tl.int64))

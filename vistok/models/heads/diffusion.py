@@ -140,6 +140,11 @@ class Chain:
         return len(self.timesteps)
 
     @functools.cached_property
+    def times(self) -> list[float]:
+        """The timesteps as the network is told them in a loop."""
+        return self.timesteps.double().tolist()
+
+    @functools.cached_property
     def alpha_bars_before(self) -> Tensor:
         """`alpha_bars` before each step."""
         return torch.cat([self.alpha_bars.new_ones(1), self.alpha_bars[:-1]])
@@ -333,11 +338,11 @@ class DiffusionHead:
         state = draw(torch.float32)
         log_std_sum = torch.zeros_like(state)
         for index in range(len(chain) - 1, 0, -1):
-            step = chain.reverse(predict(state, float(chain.timesteps[index])), state, index)
+            step = chain.reverse(predict(state, chain.times[index]), state, index)
             log_std = step.log_variance / 2
             log_std_sum = log_std_sum + log_std
             state = step.mean + log_std.exp() * draw(torch.float32) * self.temperature
-        step = chain.reverse(predict(state, float(chain.timesteps[0])), state, 0)
+        step = chain.reverse(predict(state, chain.times[0]), state, 0)
         return Trajectory(step.mean, (step.log_variance / 2).exp() * self.temperature, log_std_sum)
 
 
