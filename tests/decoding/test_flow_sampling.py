@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.host_sync import no_host_sync
 from vistok.decoding import flow_sampling
 from vistok.decoding.flow_sampling import SharedModulations, generate_flow
 from vistok.decoding.guidance import (
@@ -280,3 +282,35 @@ def test_a_model_that_has_drawn_can_be_trained() -> None:
     latents, noise = torch.randn(4, 16, 3), torch.randn(4, 16, 3)
     noisy_context_loss(model, latents, LABELS, torch.rand(4, 16), noise).backward()
     assert model.latent_embed.weight.grad is not None
+
+
+@pytest.mark.parametrize("most_kept", [flow_sampling.MODULATIONS_KEPT, 0])
+def test_nothing_waits_for_the_device_between_the_steps(model, monkeypatch, most_kept: int) -> None:
+    monkeypatch.setattr(flow_sampling, "MODULATIONS_KEPT", most_kept)
+    done: list[int] = []
+    with contextlib.ExitStack() as steps:
+
+        def watch(step: int, latents: Tensor) -> None:
+            done.append(step)
+            if step == 0:
+                steps.enter_context(no_host_sync())
+            if step == 3:
+                steps.close()
+
+        draw(model, on_step=watch, guidance=RampGuidance(2.0))
+    assert done == [0, 1, 2, 3]
+
+
+def test_tokens_that_are_not_finite_name_their_step_and_image(model, monkeypatch) -> None:
+    velocity, calls = model.velocity, []
+
+    def spoiled(latents: Tensor, *arguments) -> Tensor:
+        calls.append(1)
+        result = velocity(latents, *arguments)
+        return result if len(calls) <= STEPS else result.index_fill(0, torch.tensor(2), float("inf"))
+
+    monkeypatch.setattr(model, "velocity", spoiled)
+    with pytest.raises(
+        ValueError, match="XAR gave NaN or infinity at step 1 of 4, counted from 0, for image 2: are"
+    ):
+        draw(model, guidance=ConstantGuidance())

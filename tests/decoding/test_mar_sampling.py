@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.host_sync import no_host_sync
 from vistok import MAR
 from vistok.decoding import mar_sampling
 from vistok.decoding.context_reuse import ContextReuse
@@ -277,3 +279,34 @@ def test_wrong_guidance_is_refused(scale: float) -> None:
 def test_labels_out_of_range_are_refused(model) -> None:
     with pytest.raises(ValueError, match="class labels must be in 0..4, or 5 for none"):
         generate(model, LABELS + 3)
+
+
+@pytest.mark.parametrize("reuse", [None, ContextReuse(2)])
+def test_nothing_waits_for_the_device_between_the_steps(model, reuse: ContextReuse | None) -> None:
+    done: list[int] = []
+    with contextlib.ExitStack() as steps:
+
+        def watch(step: int, latents: Tensor) -> None:
+            done.append(step)
+            if step == 0:
+                steps.enter_context(no_host_sync())
+            if step == STEPS - 1:
+                steps.close()
+
+        generate(model, on_step=watch, guidance=LinearGuidance(2.0), reuse=reuse)
+    assert done == list(range(STEPS))
+
+
+def test_tokens_that_are_not_finite_name_their_step_and_image(model, monkeypatch) -> None:
+    sample, calls = DiffusionHead.sample, []
+
+    def spoiled(*arguments, **options) -> Tensor:
+        calls.append(1)
+        drawn = sample(*arguments, **options)
+        return drawn if len(calls) != 3 else drawn.index_fill(0, torch.tensor([0, 3]), float("nan"))
+
+    monkeypatch.setattr(DiffusionHead, "sample", spoiled)
+    with pytest.raises(
+        ValueError, match="MAR gave NaN or infinity at step 2 of 6, counted from 0, for image 0, 3: are"
+    ):
+        generate(model, reuse=ContextReuse(8))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.host_sync import no_host_sync
+from vistok.decoding.context_reuse import ContextReuse
 from vistok.decoding.guidance import ConstantGuidance, LinearGuidance, PowerCosineGuidance, make_guidance
 from vistok.decoding.masked import MaskedSamplingParams, generate_masked, gumbel, predict
 from vistok.decoding.streams import ImageStreams
@@ -151,3 +154,51 @@ def test_schedules_by_name() -> None:
 def test_settings_out_of_range_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaskedSamplingParams(**options)
+
+
+@pytest.mark.parametrize("reuse", [None, ContextReuse(2)])
+def test_nothing_waits_for_the_device_between_the_steps(model: MaskGIT, reuse: ContextReuse | None) -> None:
+    done: list[int] = []
+    with contextlib.ExitStack() as steps:
+
+        def watch(step: int, indices: Tensor) -> None:
+            done.append(step)
+            if step == 0:
+                steps.enter_context(no_host_sync())
+            if step == 5:
+                steps.close()
+
+        generate_masked(
+            model,
+            LABELS,
+            streams=ImageStreams.from_seeds(SEEDS),
+            sampling=MaskedSamplingParams(6),
+            guidance=LinearGuidance(3.0),
+            reuse=reuse,
+            on_step=watch,
+        )
+    assert done == [0, 1, 2, 3, 4, 5]
+
+
+def test_logits_that_are_not_finite_name_their_step_and_image(model: MaskGIT) -> None:
+    calls = []
+
+    def spoil(module, args, output: Tensor) -> Tensor:
+        calls.append(1)
+        return output if len(calls) < 3 else output.index_fill(0, torch.tensor(1), float("nan"))
+
+    model.register_forward_hook(spoil)
+    with pytest.raises(
+        ValueError, match="gave NaN or infinity at step 2 of 4, counted from 0, for image 1: are"
+    ):
+        trajectory(model, MaskedSamplingParams(4))
+
+
+def test_no_image_is_no_work(model: MaskGIT) -> None:
+    tokens = generate_masked(model, LABELS[:0], streams=EmptyStreams(), sampling=MaskedSamplingParams(3))
+    assert tokens.shape == (0, model.num_tokens)
+
+
+class EmptyStreams:
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.empty(0, *shape)

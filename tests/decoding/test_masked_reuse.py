@@ -127,8 +127,8 @@ def test_padding_is_seen_by_nobody(model: MaskedGenerator) -> None:
 
 def test_undecided_positions_are_padded_to_the_longest_row() -> None:
     is_masked = torch.tensor([[False, True, False, True], [True, False, False, False], [False] * 4])
-    assert undecided(is_masked).tolist() == [[1, 3], [0, 4], [4, 4]]
-    assert undecided(torch.zeros(2, 3, dtype=torch.bool)).shape == (2, 0)
+    assert undecided(is_masked, most=2).tolist() == [[1, 3], [0, 4], [4, 4]]
+    assert undecided(torch.zeros(2, 3, dtype=torch.bool), most=0).shape == (2, 0)
 
 
 def draw(model: MaskedGenerator, reuse: ContextReuse | None, rows: slice = slice(None), **options) -> Tensor:
@@ -186,7 +186,7 @@ def test_the_loop_uses_cheap_logits_where_the_schedule_says_so(model: MaskedGene
         is_masked = indices == model.mask_token_id
         if step in (0, 1, 4, 7):
             expected = predict(model, indices, LABELS, null, 2.0)
-            live = undecided(is_masked)
+            live = undecided(is_masked, int(is_masked.sum(dim=1).max()))
             with torch.no_grad():
                 model(indices.repeat(2, 1), torch.cat([LABELS, null]), cache.evaluate_all(8))
             torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)

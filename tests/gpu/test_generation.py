@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vistok
 from tests.gpu.running import never_waits
 from tests.pipelines.families import CONTINUOUS, FAMILIES, draw, is_same, make_pipeline, prompts_of
 from vistok.decoding.compiled import CompiledGenerator
@@ -174,21 +175,25 @@ def test_offloaded_models_leave_the_device(cuda: torch.device, family: str) -> N
 
 @pytest.mark.gpu
 def test_offloading_holds_one_model_at_a_time(cuda: torch.device) -> None:
-    """So that the peak is that of the larger model, and not that of both."""
+    """The peak is well below the weights of both models."""
     torch.manual_seed(0)
-    pipeline = make_pipeline("llamagen-class")
-    wide = {"num_classes": 5, "codebook_size": 20, "num_tokens": 16, "dim": 512, "depth": 6, "num_heads": 8}
-    pipeline.register_modules(transformer=randomize(LlamaGenClass(**wide, mlp_dim=1024)).eval())
+    wide = {"num_classes": 5, "codebook_size": 20, "num_tokens": 16, "dim": 768, "depth": 6, "num_heads": 8}
+    generator = randomize(LlamaGenClass(**wide, mlp_dim=1024)).eval()
+    deep = {"codebook_dim": 4, "latent_dim": 8, "dim": 384, "dim_mults": (1, 1, 1), "depth": 1}
+    tokenizer = vistok.VQGAN(image_size=16, codebook_size=20, **deep).eval()
+    pipeline = vistok.ClassToImagePipeline(tokenizer, generator)
+    pipeline.set_progress_bar_config(disable=True)
     sizes = [
         sum(weight.numel() * weight.element_size() for weight in model.parameters()) / MIB
-        for model in (pipeline.transformer, pipeline.tokenizer)
+        for model in (generator, tokenizer)
     ]
+    assert min(sizes) > 0.4 * max(sizes)
     pipeline.enable_model_cpu_offload(device=cuda)
 
     def call() -> None:
         pipeline([0], seed=3, output_type="pt")
+        pipeline.maybe_free_model_hooks()
 
     call()
-    pipeline.maybe_free_model_hooks()
     peak = peak_memory(call, cuda)
-    assert peak is not None and max(sizes) <= peak < max(sizes) + 24
+    assert peak is not None and 0.9 * max(sizes) < peak < max(sizes) + 0.5 * min(sizes)

@@ -37,7 +37,9 @@ def test_the_layers_of_the_blocks_become_int8_and_nothing_else() -> None:
     stored = {name for name, weight in model.named_parameters() if hasattr(weight, "qdata")}
     layers = ("attn.qkv", "attn.proj", "mlp.gate", "mlp.up", "mlp.down")
     assert stored == {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in layers}
-    assert model.head.weight.numel() > model.blocks[0].attn.proj.weight.numel()  # it is not its size that spares it
+    assert (
+        model.head.weight.numel() > model.blocks[0].attn.proj.weight.numel()
+    )  # it is not its size that spares it
 
 
 def test_small_layers_stay() -> None:
@@ -90,7 +92,11 @@ def test_it_takes_a_quarter_of_the_memory() -> None:
 
     def size(module: nn.Module) -> int:
         weights = [module.state_dict()[name] for name in module.state_dict()]
-        parts = [part for weight in weights for part in ((weight.qdata, weight.scale) if hasattr(weight, "qdata") else (weight,))]
+        parts = [
+            part
+            for weight in weights
+            for part in ((weight.qdata, weight.scale) if hasattr(weight, "qdata") else (weight,))
+        ]
         return sum(part.numel() * part.element_size() for part in parts)
 
     assert 0.25 < size(model.blocks) / size(blocks) < 0.26

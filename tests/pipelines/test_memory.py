@@ -112,9 +112,7 @@ def test_noise_that_is_given_goes_with_its_image() -> None:
     tokenizer: Any = from_bytes(NoisyTokenizer).tokenizer
     noise = torch.rand(5, 3, 16, 16)
     tokens = Tokens(indices=torch.zeros(5, 6, dtype=torch.int64), codebook_size=20)
-    decode = ImageDecoder(
-        tokenizer, ImageStreams.from_seeds(range(5)), {"batch_size": 2, "noise": noise}
-    )
+    decode = ImageDecoder(tokenizer, ImageStreams.from_seeds(range(5)), {"batch_size": 2, "noise": noise})
     assert torch.equal(decode(tokens), noise)
 
 
@@ -128,10 +126,14 @@ def test_the_memory_of_decoding_does_not_grow_with_the_images() -> None:
         tokens = Tokens(indices=grid, codebook_size=20, layout=tokenizer.layout)
         decode = ImageDecoder(tokenizer, ImageStreams.from_seeds(range(count)), {"batch_size": 4})
         decode(tokens[:4], "pil")  # what a first call costs once
-        peaks.append(peak_memory(lambda decode=decode, tokens=tokens: decode(tokens, "pil"), tokenizer.device))
+        peaks.append(
+            peak_memory(lambda decode=decode, tokens=tokens: decode(tokens, "pil"), tokenizer.device)
+        )
     if None in peaks:
         pytest.skip("this system does not tell the peak")
-    assert peaks[1] < peaks[0] + 8, peaks  # MiB; the pictures are 1, a batch in one go would be 10 times peaks[0]
+    assert peaks[1] < peaks[0] + 8, (
+        peaks
+    )  # MiB; the pictures are 1, a batch in one go would be 10 times peaks[0]
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -169,7 +171,9 @@ def test_what_belongs_to_an_image_goes_with_it() -> None:
     pipeline = make_pipeline("any-order-raster", guidance_scale=1.5)
     labels, seeds = [0, 1, 2], [4, 5, 6]
     key = WatermarkKey("secret", 20, 3)
-    tokens = Tokens(indices=torch.arange(48).view(3, 16) % 20, codebook_size=20, layout=pipeline.tokenizer.layout)
+    tokens = Tokens(
+        indices=torch.arange(48).view(3, 16) % 20, codebook_size=20, layout=pipeline.tokenizer.layout
+    )
     keep = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) < 0.4
     options: dict[str, Any] = {
         "seed": seeds,
@@ -325,7 +329,9 @@ def test_offloading_leaves_the_gpu_empty(family: str) -> None:
     expected = draw(pipeline, prompts)
     pipeline.enable_model_cpu_offload()
     devices: list[Any] = []
-    drawn = draw(pipeline, prompts, callback_on_step_end=lambda one, *_: devices.append(one.transformer.device.type))
+    drawn = draw(
+        pipeline, prompts, callback_on_step_end=lambda one, *_: devices.append(one.transformer.device.type)
+    )
     pipeline(prompts, batch_size=2)
     assert set(devices) == {"cuda"} and is_same(drawn.cpu(), expected)
     assert pipeline.transformer.device.type == pipeline.tokenizer.device.type == "cpu"

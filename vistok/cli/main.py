@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import vistok
 from vistok.cli import (
+    bench,
     catalogue,
     compress,
     convert,
@@ -76,6 +77,7 @@ app.command("models")(catalogue.models)
 app.command("info")(catalogue.info)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluation, name="eval")
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 
 

@@ -112,7 +112,8 @@ def generate_masked(
         _num_masked(row, sampling.num_steps) for row in (indices == model.mask_token_id).sum(dim=1).tolist()
     ]  # before the first and after every step, of each image
     most_masked = [max(of_images) for of_images in zip(*counts, strict=True)]
-    num_masked = torch.tensor(counts, device=indices.device)  # [b 1+steps]
+    num_masked = torch.tensor(counts, dtype=torch.int64, device=indices.device)
+    num_masked = num_masked.reshape(len(indices), 1 + sampling.num_steps)
     backbone = Backbone(
         model, class_labels, null.to(model.device), scales, reuse or ContextReuse(period=1), most_masked
     )
@@ -124,9 +125,7 @@ def generate_masked(
             logits = logits_processor(logits)
         logits = logits / sampling.softmax_temperature_at(step)
         noise = sampling.noise_at(step)
-        code_noise = gumbel(
-            to_device(streams.uniform(model.num_tokens, model.codebook_size), logits.device)
-        )
+        code_noise = gumbel(to_device(streams.uniform(model.num_tokens, model.codebook_size), logits.device))
         proposed = (logits + noise * code_noise).argmax(dim=-1)  # [b n]
         # The confidence is the proposed code's logit, not its probability.
         confidence = logits.gather(-1, proposed[..., None])[..., 0]

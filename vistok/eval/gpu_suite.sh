@@ -9,9 +9,10 @@
 # PYTHON  the interpreter [python3]
 # DEVICE  cuda or cpu; on a CPU it is a rehearsal at the smallest sizes [cuda where torch finds one]
 # BUDGET  seconds for everything [530]
+# ONLY    names of the steps to do, separated by spaces [all]
 #
-# A step that fails, needs what is not there, or takes longer than its share is noted and the next one goes on. The status
-# is 0 if every step that ran succeeded.
+# A step that fails, needs what is not there, or takes longer than its share is noted and the next one goes on; benchmarks
+# keep what they measured until then. The status is 0 if every step that ran succeeded.
 set -uo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
@@ -26,6 +27,7 @@ root=$(cd -P -- "$(dirname -- "$0")" && cd ../.. && pwd -P)
 cd -- "$root" || exit 2
 python=${PYTHON:-python3}
 budget=${BUDGET:-530}
+only=${ONLY:-}
 work=$(mktemp -d) || exit 2
 trap 'rm -rf -- "$work"' EXIT
 mkdir -p "$work/results" "$work/site"
@@ -50,9 +52,14 @@ pack() { # so that whoever stops the suite keeps what there is
     tar -czf "$out/results.tar.gz" -C "$work" results
 }
 
+wanted() { # NAME
+    [ -z "$only" ] || [[ " $only " == *" $1 "* ]]
+}
+
 step() { # NAME LIMIT COMMAND...
     local name=$1 limit=$2 started=$SECONDS code
     shift 2
+    wanted "$name" || return 0
     if [ $((budget - SECONDS)) -lt "$limit" ]; then limit=$((budget - SECONDS)); fi
     if [ "$limit" -lt 5 ]; then
         note "$name" "skipped: no time left" 0
@@ -70,15 +77,38 @@ step() { # NAME LIMIT COMMAND...
     pack
 }
 
-module_step() { # NAME LIMIT MODULE ARGUMENTS...
-    local name=$1 limit=$2 module=$3
-    shift 3
+benchmark() { # NAME LIMIT FOLDER MODULE ARGUMENTS...
+    local name=$1 limit=$2 folder=$work/results/$3 module=$4
+    shift 4
+    wanted "$name" || return 0
     if ! "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)" 2> /dev/null; then
         note "$name" "skipped: there is no $module" 0
         return
     fi
-    mkdir -p "$work/results/$name"
-    step "$name" "$limit" "$python" -m "$module" -o "$work/results/$name" "$@"
+    mkdir -p "$folder"
+    step "$name" "$limit" "$python" -m "$module" -o "$folder" --device "$device" "$@"
+}
+
+tests() { # NAME LIMIT EXPRESSION FILES...
+    local name=$1 limit=$2 marks=$3 each=()
+    shift 3
+    wanted "$name" || return 0
+    if ! "$python" -c 'import pytest' 2> /dev/null; then
+        note "$name" "skipped: there is no pytest" 0
+        return
+    fi
+    if "$python" -c 'import pytest_timeout' 2> /dev/null; then each=(--timeout 90); fi
+    step "$name" "$limit" "$python" -m pytest -q -p no:cacheprovider --durations 8 -m "$marks" ${each[@]+"${each[@]}"} \
+        --junitxml "$out/$name.xml" "$@"
+}
+
+facts() {
+    local code=0
+    if [ "$device" = cuda ]; then nvidia-smi || code=1; fi
+    "$python" -m vistok doctor --json > "$work/results/doctor.json" || code=1
+    "$python" -m vistok doctor || code=1
+    "$python" -c 'import triton; print("triton", triton.__version__)' || true
+    return $code
 }
 
 if [ -n "$wheels" ]; then
@@ -91,34 +121,33 @@ if [ "$device" != cuda ]; then
     export CUDA_VISIBLE_DEVICES=
 fi
 
-facts() {
-    local missing=0
-    nvidia-smi || [ "$device" = cpu ] || missing=1
-    "$python" -m vistok doctor --json > "$work/results/doctor.json" || missing=1
-    "$python" -m vistok doctor || missing=1
-    "$python" -c 'import triton; print("triton", triton.__version__)' || true
-    return $missing
-}
 export -f facts
 export python device work
-step facts 40 bash -c facts
+step facts 60 bash -c facts
 
-tests() { # NAME LIMIT EXPRESSION FILES...
-    local name=$1 limit=$2 marks=$3 each=()
-    shift 3
-    if "$python" -c 'import pytest_timeout' 2> /dev/null; then each=(--timeout 60); fi
-    step "$name" "$limit" "$python" -m pytest -q -p no:cacheprovider --durations 8 -m "$marks" ${each[@]+"${each[@]}"} \
-        --junitxml "$out/$name.xml" "$@"
-}
-
-if "$python" -c 'import pytest' 2> /dev/null; then
-    mapfile -t files < <(grep -rlE 'mark\.gpu' --include='test_*.py' tests | sort)
-    if [ "$device" = cuda ]; then
-        tests gpu-tests 130 gpu "${files[@]}"
-        tests kernel-tests 60 'not (gpu or slow or network or browser)' tests/kernels
-    else
-        tests gpu-tests 130 'not (gpu or slow or network or browser)' tests/gpu
-    fi
+quick='not (gpu or slow or network or browser)'
+if [ "$device" = cuda ]; then
+    mapfile -t files < <(grep -rlE 'mark\.gpu' --include='*.py' tests | xargs -n 1 dirname | sort -u)
+    tests gpu-tests 140 gpu "${files[@]}"
+    tests kernel-tests 60 "$quick" tests/kernels
+    benchmark kernels 70 kernels vistok.eval.kernel_speed
+    speed=(--dtypes bfloat16 --repeats 3 --longest 4)
+    benchmark llamagen-b 90 speed vistok.eval.speed --families llamagen-b --batch-sizes 1 64 "${speed[@]}"
+    benchmark nar-b 70 speed vistok.eval.speed --families nar-b --batch-sizes 1 64 "${speed[@]}"
+    benchmark llamagen-l 70 speed vistok.eval.speed --families llamagen-l --batch-sizes 1 64 "${speed[@]}"
+    benchmark llamagen-xl 90 speed vistok.eval.speed --families llamagen-xl --batch-sizes 1 64 "${speed[@]}"
+    benchmark xar-flextok 60 speed vistok.eval.speed --families xar-b flextok-d12-d12 --batch-sizes 1 8 "${speed[@]}"
+    benchmark profiles 60 profiles vistok.eval.profiles --subjects llamagen-b nar-b flextok --dtypes bfloat16 --repeats 1
+    benchmark speculation 60 speculation vistok.eval.speculative_speed --dtypes bfloat16 --num-drafted 1 4 8
+    benchmark serving 60 serving vistok.eval.serving_speed --models llamagen-b --dtypes bfloat16 --loads 0.9
 else
-    note gpu-tests "skipped: there is no pytest" 0
+    tests gpu-tests 200 "$quick" tests/gpu
+    benchmark kernels 100 kernels vistok.eval.kernel_speed
+    benchmark emoji 100 speed vistok.eval.speed --families emoji-64 --ways eager --dtypes float32 --batch-sizes 1 --repeats 1 \
+        --longest 1
+    benchmark profiles 60 profiles vistok.eval.profiles --subjects emoji-64 --dtypes float32 --repeats 1
+    benchmark serving 60 serving vistok.eval.serving_speed --images 8 --slots 4 --loads 0.9
 fi
+pack
+cat "$out/summary.md"
+exit $status

@@ -1,8 +1,8 @@
 """How much memory drawing images with LlamaGen takes: `python -m vistok.eval.memory -o FOLDER`.
 
-At released sizes with random weights, on which memory does not depend. Weights and caches are counted; peaks are measured
-of whole images drawn with guidance, and of images decoded in batches by the tokenizer that goes with it. Writes
-memory.json and report.md.
+At released sizes with random weights, on which memory does not depend. Weights and caches, which are allocated once, are
+counted. What else drawing needs is measured while the first tokens of images are drawn with guidance, and so is the peak
+of decoding images in batches with the tokenizer that goes with it. Writes memory.json and report.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,30 @@ class Counted:
 
 @dataclass(frozen=True)
 class Peak:
-    """A measured peak beyond the weights, in MiB; `None` where the system does not tell."""
+    """What a call needs, in MiB; measured values are `None` where the system does not tell.
+
+    Args:
+        what: the model.
+        weights: how they are stored.
+        image_size: pixels per side.
+        num_images: drawn or decoded.
+        weights_mib: of the model.
+        cache_mib: of whole images, counted.
+        working_mib: measured peak beyond both.
+    """
 
     what: str
     weights: str
     image_size: int
     num_images: int
     weights_mib: float
-    peak_mib: float | None
+    cache_mib: float
+    working_mib: float | None
+
+    @property
+    def total_mib(self) -> float | None:
+        """All of it."""
+        return None if self.working_mib is None else self.weights_mib + self.cache_mib + self.working_mib
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,7 @@ class MemoryReport:
     drawing: list[Peak]
     decoding: list[Peak]
     guidance_scale: float
+    num_tokens: int  # drawn of every image for the working memory
     dtype: str
     machine: str
 
@@ -87,8 +105,6 @@ def count(size: str, image_size: int) -> Counted:
     """The weights and the cache of one size; nothing is allocated."""
     with torch.device("meta"):
         model: Any = LlamaGenClass(**PRESETS[size], num_tokens=NUM_TOKENS[image_size]).to(DTYPE)
-    cache = model.new_cache(2)
-    layers = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     num_parameters = sum(weight.numel() for weight in model.parameters())
     stored = stored_bytes(model)
     layers_in_int8 = [model.get_submodule(name) for name in large_layers(model)]
@@ -98,8 +114,17 @@ def count(size: str, image_size: int) -> Counted:
         image_size=image_size,
         num_parameters=num_parameters,
         weights_mib={"bfloat16": stored / MIB, "int8": (stored - saved) / MIB},
-        cache_mib=sum(tensor.numel() * tensor.element_size() for tensor in layers) / MIB,
+        cache_mib=cache_mib(model, 1),
     )
+
+
+def cache_mib(model: LlamaGenClass, num_images: int, num_tokens: int | None = None) -> float:
+    """Of images with guidance, all tokens of them by default, in MiB; a model in the dtype of `model`."""
+    options = model.options
+    positions = model.prefix.length + (num_tokens or model.num_tokens)
+    rows = 2 * num_images
+    values = 2 * len(model.blocks) * rows * positions * options.kv_heads * options.head_dim
+    return values * model.dtype.itemsize / MIB
 
 
 def build(model_class: Any, device: torch.device, **config: Any) -> Any:
@@ -112,8 +137,10 @@ def build(model_class: Any, device: torch.device, **config: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def drawing_peaks(size: str, image_size: int, batch_sizes: Sequence[int], device: torch.device) -> list[Peak]:
-    """Of whole images of one size, with weights in bfloat16 and in int8."""
+def drawing_peaks(
+    size: str, image_size: int, batch_sizes: Sequence[int], num_tokens: int, device: torch.device
+) -> list[Peak]:
+    """Of images of one size, of which `num_tokens` are drawn, with weights in bfloat16 and in int8."""
     peaks = []
     for quantization in QUANTIZATIONS:
         model = build(LlamaGenClass, device, **PRESETS[size], num_tokens=NUM_TOKENS[image_size])
@@ -121,7 +148,7 @@ def drawing_peaks(size: str, image_size: int, batch_sizes: Sequence[int], device
             quantize_weights(model, quantization)
         draw_images(model, 1, 2)  # what a first call costs once
         for num_images in batch_sizes:
-            peak = peak_memory(lambda model=model, count=num_images: draw_images(model, count), device)  # type: ignore[misc]
+            peak = peak_memory(partial(draw_images, model, num_images, num_tokens), device)
             peaks.append(
                 Peak(
                     what=f"LlamaGen-{size}",
@@ -129,7 +156,8 @@ def drawing_peaks(size: str, image_size: int, batch_sizes: Sequence[int], device
                     image_size=image_size,
                     num_images=num_images,
                     weights_mib=stored_bytes(model) / MIB,
-                    peak_mib=peak,
+                    cache_mib=cache_mib(model, num_images),
+                    working_mib=None if peak is None else peak - cache_mib(model, num_images, num_tokens),
                 )
             )
             sys.stderr.write(f"{peaks[-1]}\n")
@@ -137,8 +165,8 @@ def drawing_peaks(size: str, image_size: int, batch_sizes: Sequence[int], device
     return peaks
 
 
-def draw_images(model: LlamaGenClass, num_images: int, num_tokens: int | None = None) -> Tokens:
-    """Images of class 0 with guidance, all tokens of them by default."""
+def draw_images(model: LlamaGenClass, num_images: int, num_tokens: int) -> Tokens:
+    """The first tokens of images of class 0, with guidance."""
     return generate_ordered(
         model,
         torch.zeros(num_images, dtype=torch.int64),
@@ -164,7 +192,8 @@ def decoding_peaks(image_size: int, counts: Sequence[int], device: torch.device)
                 image_size=image_size,
                 num_images=num_images,
                 weights_mib=stored_bytes(tokenizer) / MIB,
-                peak_mib=peak_memory(lambda decode=decode, tokens=tokens: decode(tokens, "pil"), device),  # type: ignore[misc]
+                cache_mib=0.0,
+                working_mib=peak_memory(partial(decode, tokens, "pil"), device),
             )
         )
         sys.stderr.write(f"{peaks[-1]}\n")
@@ -180,23 +209,41 @@ def write_report(report: MemoryReport, folder: Path) -> None:
 
 
 def _page(report: MemoryReport) -> str:
-    counted = ["Generator", "Pixels", "Parameters, M", "Weights, MiB", "Weights with int8, MiB", "Cache per image, MiB"]
-    peaks = ["What", "Weights", "Pixels", "Images", "Weights, MiB", "Peak beyond them, MiB", "Both, GiB"]
+    counted = [
+        "Generator",
+        "Pixels",
+        "Parameters, M",
+        "Weights, MiB",
+        "Weights with int8, MiB",
+        "Cache per image, MiB",
+    ]
+    peaks = [
+        "What",
+        "Weights",
+        "Pixels",
+        "Images",
+        "Weights, MiB",
+        "Caches, MiB",
+        "Working memory, MiB",
+        "All, GiB",
+    ]
     lines = [
         "# Memory of LlamaGen",
         "",
         *table(counted, map(_counted_cells, report.counted)),
         "",
-        "Measured, the peak of one call:",
+        "One call:",
         "",
         *table(peaks, map(_peak_cells, [*report.drawing, *report.decoding]), num_labels=2),
         "",
         f"- Everything in {report.dtype}; int8: the linear layers of the blocks (`vistok/models/quantize.py`). "
         f"Guidance {report.guidance_scale:g}: two rows of the cache for each image, allocated once.",
+        f"- Caches: of whole images, counted. Working memory: the measured peak beyond weights and caches while the first "
+        f"{report.num_tokens} tokens are drawn, or while images are decoded: resident memory of the process beyond what was "
+        "there before the call, on a GPU memory of tensors.",
         "- Images are decoded to pictures, in batches of the default size (`decode_options={'batch_size': ...}`).",
         "- Generator and tokenizer are not there at the same time with `enable_model_cpu_offload`; else their weights add up.",
-        "- Peaks: resident memory of the process beyond what was there before the call, on a GPU memory of tensors. "
-        f"Random weights. {report.machine}.",
+        f"- Random weights. {report.machine}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -213,15 +260,15 @@ def _counted_cells(row: Counted) -> list[str]:
 
 
 def _peak_cells(peak: Peak) -> list[str]:
-    sizes = ["–", "–"]
-    if peak.peak_mib is not None:
-        sizes = [f"{peak.peak_mib:.0f}", f"{(peak.weights_mib + peak.peak_mib) / 1024:.2f}"]
+    total = peak.total_mib
+    sizes = ["–", "–"] if total is None else [f"{peak.working_mib:.0f}", f"{total / 1024:.2f}"]
     return [
         peak.what,
         peak.weights,
         str(peak.image_size),
         str(peak.num_images),
         f"{peak.weights_mib:.0f}",
+        f"{peak.cache_mib:.0f}",
         *sizes,
     ]
 
@@ -232,9 +279,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--sizes", nargs="+", default=["B", "L", "XL", "XXL", "3B"], choices=PRESETS)
     parser.add_argument("--measure", default="XL", choices=PRESETS, help="the size of which images are drawn")
-    parser.add_argument("--image-size", type=int, default=256, choices=NUM_TOKENS, help="of images that are drawn")
+    parser.add_argument(
+        "--image-size", type=int, default=256, choices=NUM_TOKENS, help="of images that are drawn"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--decode", type=int, nargs="+", default=[1, 8, 64], help="numbers of images that are decoded")
+    parser.add_argument("--num-tokens", type=int, default=8, help="drawn of each image; more takes time")
+    parser.add_argument(
+        "--decode", type=int, nargs="+", default=[1, 8, 24], help="numbers of images that are decoded"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -242,8 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = MemoryReport(
         counted=[count(size, pixels) for size in options.sizes for pixels in NUM_TOKENS],
         decoding=decoding_peaks(options.image_size, options.decode, device),
-        drawing=drawing_peaks(options.measure, options.image_size, options.batch_sizes, device),
+        drawing=drawing_peaks(
+            options.measure, options.image_size, options.batch_sizes, options.num_tokens, device
+        ),
         guidance_scale=GUIDANCE_SCALE,
+        num_tokens=options.num_tokens,
         dtype=str(DTYPE).removeprefix("torch."),
         machine=str(describe_machine()),
     )

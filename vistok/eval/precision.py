@@ -197,7 +197,10 @@ def compare_generators(reference: Pictures, other: Pictures, tokens: Tokens) -> 
         tops.append(exact.argmax(dim=-1) == law.argmax(dim=-1))
     uniforms = reference.uniforms(tokens.data.shape[1])
     redrawn = torch.cat(
-        [draw(law, uniforms[part]) for part, law in zip(parts(len(tokens)), other.laws(tokens, preset), strict=True)]
+        [
+            draw(law, uniforms[part])
+            for part, law in zip(parts(len(tokens)), other.laws(tokens, preset), strict=True)
+        ]
     )
     is_same = other.draw().data == tokens.data
     return GeneratorEffect(

@@ -15,20 +15,21 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from vistok.decoding.guidance import ConstantGuidance
+from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule
 from vistok.decoding.ordered import generate_ordered
 from vistok.decoding.sampling import SamplingParams
 from vistok.decoding.serving import Request, Server, Ticket
 from vistok.decoding.streams import ImageStreams
-from vistok.eval.generator_speed import DTYPES, build_generator
 from vistok.eval.machine import describe_machine, threads_in_words
 from vistok.eval.markdown import table
+from vistok.eval.speed_subjects import build_subject
+from vistok.eval.speed_ways import FLOAT_TYPES
 from vistok.files import atomic_path
 from vistok.hub import load_pipeline
 from vistok.models.generators.base import Condition, NextTokenGenerator, join_conditions
@@ -50,19 +51,19 @@ class Subject:
         name: of the model.
         model: in evaluation mode.
         conditions: of one row each, asked for in turn.
-        sampling, guidance_scale: of all images.
+        sampling, guidance: of all images.
     """
 
     name: str
     model: NextTokenGenerator
     conditions: list[Condition]
     sampling: SamplingParams
-    guidance_scale: float
+    guidance: GuidanceSchedule
 
     @property
     def rows_per_image(self) -> int:
         """Of the model."""
-        return 1 if self.guidance_scale == 1.0 else 2
+        return 1 if self.guidance.scale == 1.0 else 2
 
     def requests(self, count: int, lengths: str) -> list[Request]:
         """The first `count` images that are asked for; image i has the seed i. `lengths` is one of `SHARES`."""
@@ -75,7 +76,7 @@ class Subject:
                 seed=i,
                 num_tokens=max(1, round(share * self.model.num_tokens)),
                 sampling=self.sampling,
-                guidance=ConstantGuidance(self.guidance_scale),
+                guidance=self.guidance,
             )
             for i, share in enumerate(chosen)
         ]
@@ -118,14 +119,14 @@ def load_emoji() -> Subject:
     settings = OrderedSettings(**pipeline.sampling_settings())
     model: Any = pipeline.transformer
     texts = [model.encode_text([prompt]) for prompt in PROMPTS]
-    return Subject("emoji-64", model, texts, settings.sampling, settings.guidance_scale)
+    return Subject("emoji-64", model, texts, settings.sampling, settings.guidance(model.order))
 
 
 def make_llamagen() -> Subject:
     """LlamaGen-B with random weights, on which time does not depend."""
-    model: Any = build_generator("llamagen-b")
+    model: Any = build_subject("llamagen-b").model
     labels: list[Condition] = [torch.tensor([label]) for label in range(model.num_classes)]
-    return Subject("llamagen-b", model, labels, SamplingParams(), GUIDANCE_SCALE)
+    return Subject("llamagen-b", model, labels, SamplingParams(), ConstantGuidance(GUIDANCE_SCALE))
 
 
 MODELS: dict[str, Callable[[], Subject]] = {"emoji-64": load_emoji, "llamagen-b": make_llamagen}
@@ -344,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vistok.eval.serving_speed", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--models", nargs="+", default=["emoji-64"], choices=MODELS)
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=FLOAT_TYPES)
     parser.add_argument("--lengths", nargs="+", default=list(SHARES), choices=SHARES)
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.9, 1.5])
     parser.add_argument("--images", type=int, default=64, help="requests of each run")
@@ -357,9 +358,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subject = MODELS[name]()
         model: Any = subject.model
         parameters[name] = sum(weight.numel() for weight in model.parameters())
-        check_parity(replace(subject, model=model.to(options.device)), options.slots)
+        model.to(options.device)
+        check_parity(subject, options.slots)
         for dtype in options.dtypes:
-            model.to(DTYPES[dtype])
+            model.to(FLOAT_TYPES[dtype])
             capacity = measure_capacity(subject, options.slots // subject.rows_per_image)
             capacities[f"{name} {dtype}"] = capacity
             for lengths in options.lengths:

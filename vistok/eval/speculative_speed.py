@@ -34,10 +34,12 @@ from vistok.decoding.speculative.eagle import EagleTreeDrafter
 from vistok.decoding.speculative.generate import generate_speculative
 from vistok.decoding.speculative.tree import TreeShape
 from vistok.decoding.streams import ImageStreams
-from vistok.eval.generator_speed import DTYPES, build_generator, weight_bytes
 from vistok.eval.machine import describe_machine
 from vistok.eval.peak_memory import MIB
 from vistok.eval.rate_distortion_report import check_plotting
+from vistok.eval.speed_subjects import build_subject
+from vistok.eval.speed_ways import FLOAT_TYPES
+from vistok.eval.speed_work import weight_bytes
 from vistok.eval.timing import median_seconds
 from vistok.kernels.attention import TreeMask
 from vistok.models.drafters.eagle import EagleDrafter
@@ -282,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--families", nargs="+", default=["llamagen-b"], metavar="NAME")
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--dtypes", nargs="+", default=list(FLOAT_TYPES), choices=FLOAT_TYPES)
     parser.add_argument("--num-drafted", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--num-tokens", type=int, default=64, help="of an image")
     parser.add_argument("--guidance-scale", type=float, default=2.0)
@@ -294,8 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measurements = []
     for family in options.families:
         for dtype in options.dtypes:
-            model: Any = build_generator(family)
-            model.to(options.device, DTYPES[dtype])
+            model: Any = build_subject(family).model
+            model.to(options.device, FLOAT_TYPES[dtype])
             bench = Bench(model, options.num_tokens, options.guidance_scale, options.repeats)
             measurements.append(measure(family, bench, options.num_drafted))
     report = SpeedReport(

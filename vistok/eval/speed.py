@@ -31,9 +31,10 @@ from vistok.eval.rate_distortion_report import check_plotting
 from vistok.eval.speed_floor import Pass, Rates, floor_seconds, is_bound_by_memory, measure_rates
 from vistok.eval.speed_subjects import FAMILIES, Subject, build_subject
 from vistok.eval.speed_ways import DTYPES, PLAIN, PLAIN_DTYPE, WAYS, UnavailableError, convert
-from vistok.eval.speed_work import mean_of, resident_bytes
+from vistok.eval.speed_work import mean_of
 from vistok.eval.timing import median_seconds
 from vistok.files import atomic_path
+from vistok.models.quantize import stored_bytes
 
 FILE = "speed.json"
 MOST_MEMORY = 0.8  # of what is free
@@ -147,8 +148,7 @@ class Selection:
             for dtype in DTYPES
             for way in (PLAIN, *WAYS)
             for size in sorted(self.batch_sizes)
-            if way in self.ways
-            and dtype in ((PLAIN_DTYPE,) if way == PLAIN else self.dtypes)
+            if way in self.ways and dtype in ((PLAIN_DTYPE,) if way == PLAIN else self.dtypes)
         ]
 
 
@@ -174,6 +174,7 @@ class Bench:
         self.reference = self.subject.plain_outputs()  # of float32
         self.subject.passes(1, 1)  # what has to be counted, is counted in float32
         self.dtype, self.budget = PLAIN_DTYPE, self.subject.tolerance
+        self.shares: dict[tuple[str, int], int] = {}  # (type, batch size) -> share of the steps that is timed
 
     def convert(self, dtype: str) -> None:
         """From now on in another type; what the plain loop is off in it, twice, is what a way may be off."""
@@ -213,16 +214,18 @@ class Bench:
         def call(share: int) -> Any:
             return subject.draw_plain(size, share) if cell.way == PLAIN else subject.draw(model, size, share)
 
-        share, cold = self._choose_share(call, size, longest)
+        share, cold = self._choose_share(call, cell, longest)
         starts: list[float] = []
         peak = peak_memory(lambda: starts.append(self._seconds(lambda: call(share))), self.device)
+        if peak is not None:
+            peak += (subject.state_bytes(size, 1) - subject.state_bytes(size, share)) / MIB
         (seconds,) = median_seconds([lambda: call(share)], repeats, self.device)
         passes = subject.passes(size, 1)
         whole = seconds * self._floor(size, 1) / self._floor(size, share)
         return Measurement(
             cell=cell,
             seconds=whole,
-            first_seconds=whole + cold + max(0.0, starts[0] - seconds),
+            first_seconds=whole + max(cold, starts[0] - seconds, 0.0),
             floor=self._floor(size, 1),
             is_memory_bound=is_bound_by_memory(passes, self.rates, self.dtype),
             share=share,
@@ -230,22 +233,29 @@ class Bench:
             num_passes=sum(one.count for one in passes),
             bytes_per_pass=mean_of(passes, "bytes"),
             flops_per_pass=mean_of(passes, "flops"),
-            weights_mib=resident_bytes(subject.model) / MIB,
+            weights_mib=stored_bytes(subject.model) / MIB,
             peak_mib=peak,
             difference=difference,
             allowed=self.budget,
         )
 
-    def _choose_share(self, call: Callable[[int], Any], size: int, longest: float) -> tuple[int, float]:
-        """The largest share of the steps that takes no longer; and what the first call takes more than the second."""
-        shares = self.subject.shares
+    def _choose_share(self, call: Callable[[int], Any], cell: Cell, longest: float) -> tuple[int, float]:
+        """The largest share of the steps that takes no longer; and what the first call takes more than the second.
+
+        All ways of one type and batch size have the share of the first, so that programs are compiled for one length.
+        """
+        shares, key = self.subject.shares, (cell.dtype, cell.batch_size)
         if len(shares) == 1:
             return shares[0], 0.0
-        shortest = shares[-1]
-        cold, warm = (self._seconds(lambda: call(shortest)) for _ in range(2))
-        pace = warm / self._floor(size, shortest)
-        fitting = [share for share in shares if pace * self._floor(size, share) <= longest]
-        return (fitting or [shortest])[0], max(0.0, cold - warm)
+        if key in self.shares and cell.way != PLAIN:
+            return self.shares[key], 0.0
+        cold, warm = (self._seconds(lambda: call(shares[-1])) for _ in range(2))
+        pace = warm / self._floor(cell.batch_size, shares[-1])
+        fitting = [share for share in shares if pace * self._floor(cell.batch_size, share) <= longest]
+        chosen = (fitting or [shares[-1]])[0]
+        if cell.way != PLAIN:
+            self.shares[key] = chosen
+        return chosen, max(0.0, cold - warm)
 
     def _seconds(self, call: Callable[[], Any]) -> float:
         return median_seconds([call], 1, self.device)[0]
@@ -256,7 +266,11 @@ class Bench:
 
 
 def run(
-    selections: Sequence[Selection], folder: Path, device: str = "cpu", *, write: Callable[[SpeedReport], None]
+    selections: Sequence[Selection],
+    folder: Path,
+    device: str = "cpu",
+    *,
+    write: Callable[[SpeedReport], None],
 ) -> SpeedReport:
     """Measure all cells of all selections that `folder` does not have yet.
 
@@ -286,9 +300,7 @@ def run(
     return report
 
 
-def _missing(
-    selections: Sequence[Selection], report: SpeedReport
-) -> list[tuple[Selection, list[Cell]]]:
+def _missing(selections: Sequence[Selection], report: SpeedReport) -> list[tuple[Selection, list[Cell]]]:
     """For each selection and family the cells that are neither measured nor in an earlier selection."""
     known = {one.cell for one in report.measurements}
     jobs = []
@@ -427,7 +439,12 @@ def choose(preset: str, **given: Any) -> list[Selection]:
     """The selections of a preset, with what is given instead of theirs; `None` is not given.
 
     Families that are given are measured as the first selection with them says, and all others as the last.
+
+    Raises:
+        ValueError: an unknown preset, or see `Selection`.
     """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
     changes = {name: value for name, value in given.items() if value is not None}
     changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
     *special, general = PRESETS[preset]
@@ -451,7 +468,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the report")
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--quick", action="store_true", help="two families in under two minutes")
-    preset.add_argument("--full", action="store_true", help="all families, batches of 1, 8 and 64, whole images")
+    preset.add_argument(
+        "--full", action="store_true", help="all families, batches of 1, 8 and 64, whole images"
+    )
     for name, choices in (("families", FAMILIES), ("ways", (PLAIN, *WAYS)), ("dtypes", DTYPES)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), metavar="NAME")
     parser.add_argument("--batch-sizes", type=int, nargs="+")
@@ -462,8 +481,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_plotting()
     folder = options.pop("out")
     folder.mkdir(parents=True, exist_ok=True)
-    device, quick, full = (options.pop(name) for name in ("device", "quick", "full"))
-    selections = choose("quick" if quick else "full" if full else "default", **options)
+    device, preset, is_quick = (options.pop(name) for name in ("device", "preset", "quick"))
+    selections = choose("quick" if is_quick else preset, **options)
     report = run(selections, folder, device, write=lambda report: write_report(report, folder))
     sys.stdout.write(json.dumps(asdict(report), allow_nan=False) + "\n")
 

@@ -76,11 +76,7 @@ def measure_rates(
         sizes: `MATMUL_SIZES` by default; the best one counts.
         repeats: of each, after one that does not count; the fastest one counts.
     """
-    source = torch.ones(num_bytes // 4, device=device)
-    target = torch.empty_like(source)
-    read = num_bytes / _fastest(source.sum, repeats, device)
-    copy = 2 * num_bytes / _fastest(lambda: target.copy_(source), repeats, device)
-    del source, target
+    read, copy = _memory_rates(num_bytes, repeats, device)
     sizes = MATMUL_SIZES["cuda" if device.type == "cuda" else "cpu"] if sizes is None else sizes
     names = dict.fromkeys(COMPUTED_IN.get(name, name) for name in dtypes)
     matmul = {
@@ -88,6 +84,14 @@ def measure_rates(
         for name in names
     }
     return Rates(read, copy, matmul)
+
+
+def _memory_rates(num_bytes: int, repeats: int, device: torch.device) -> tuple[float, float]:
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    read = _fastest(source.sum, repeats, device)
+    copy = _fastest(lambda: target.copy_(source), repeats, device)
+    return num_bytes / read, 2 * num_bytes / copy
 
 
 def _matmul_rate(size: int, dtype: torch.dtype, repeats: int, device: torch.device) -> float:

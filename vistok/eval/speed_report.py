@@ -85,7 +85,11 @@ def _faster(family: str, other: str) -> Callable[[SpeedReport], float | None]:
 
 AIMS = {
     "cpu": [
-        Aim("LlamaGen-B, bfloat16, one image: faster than the plain way", _speed_up("llamagen-b", "bfloat16"), 2),
+        Aim(
+            "LlamaGen-B, bfloat16, one image: faster than the plain way",
+            _speed_up("llamagen-b", "bfloat16"),
+            2,
+        ),
         Aim("LlamaGen-B, bfloat16, one image: times the floor", _over_floor("llamagen-b"), 2, True),
         Aim("NAR-B, bfloat16, one image: faster than LlamaGen-B", _faster("nar-b", "llamagen-b"), 4),
         *(
@@ -121,7 +125,9 @@ def _draw(report: SpeedReport, path: Path) -> None:
     from matplotlib.figure import Figure
 
     sizes = sorted({one.cell.batch_size for one in report.measurements}) or [1]
-    families = [name for name in report.protocols if any(one.cell.family == name for one in report.measurements)]
+    families = [
+        name for name in report.protocols if any(one.cell.family == name for one in report.measurements)
+    ]
     figure = Figure(figsize=(2.5 + 0.5 * len(families), 3.6 * len(sizes) + 1), layout="constrained")
     panels = figure.subplots(len(sizes), 1, squeeze=False)[:, 0]
     for panel, size in zip(panels, sizes, strict=True):
@@ -151,7 +157,9 @@ def _legend() -> list[Any]:
         Line2D([], [], color="0.3", marker=marker, linestyle="", fillstyle="none", label=way)
         for way, marker in MARKERS.items()
     ]
-    dtypes = [Line2D([], [], color=colour, linewidth=2, label=f"floor, {name}") for name, colour in COLOURS.items()]
+    dtypes = [
+        Line2D([], [], color=colour, linewidth=2, label=f"floor, {name}") for name, colour in COLOURS.items()
+    ]
     return [*ways, *dtypes]
 
 
@@ -159,7 +167,14 @@ def _page(report: SpeedReport) -> str:
     place = report.device.partition(":")[0]
     times = ["Seconds per image", "First image, s", "Tokens/s", "Floor, s", "Times the floor", "Bound by"]
     times += ["Faster than plain", "Difference"]
-    work = ["Weights, MiB", "Peak beside them, MiB", "Passes", "MiB per pass", "GFLOP per pass", "Steps timed"]
+    work = [
+        "Weights, MiB",
+        "Peak beside them, MiB",
+        "Passes",
+        "MiB per pass",
+        "GFLOP per pass",
+        "Steps timed",
+    ]
     rows = sorted(report.measurements, key=lambda one: _place(report, one))
     lines = [
         f"# How fast, beside what the machine allows ({report.device})",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ from vistok.eval.plain_tokenizers import FLEXTOK_GUIDANCE, plain_decode
 from vistok.eval.random_weights import randomize
 from vistok.eval.speed_floor import Pass
 from vistok.eval.speed_work import (
+    cache_bytes,
     count_flops,
     flow_passes,
     mar_passes,
@@ -58,7 +59,9 @@ from vistok.tokens import Tokens
 
 TEXT_LENGTH = 20  # positions of a text's features
 FLEXTOK_STEPS = 20
-PARITY_TOKENS = 17  # fed one step after the other before logits are compared; more than a row of a grid of 16 x 16
+PARITY_TOKENS = (
+    17  # fed one step after the other before logits are compared; more than a row of a grid of 16 x 16
+)
 SHIPPED, PROMPT = "emoji-64", "red apple"
 
 
@@ -99,6 +102,10 @@ class Subject(Protocol):
         """The work of a call."""
         ...
 
+    def state_bytes(self, batch_size: int, share: int) -> int:
+        """Memory of a call that grows with its share of the steps."""
+        ...
+
 
 class OrderedSubject:
     """A generator with a fixed order, both branches of guidance as one batch.
@@ -129,7 +136,9 @@ class OrderedSubject:
         self.num_tokens = model.num_tokens
         self.num_steps = model.order.num_steps
         is_raster = isinstance(model.order, RasterOrder)
-        self.shares = tuple(s for s in (1, 2, 4, 8, 16, 32) if s == 1 or is_raster and self.num_steps >= 4 * s)
+        self.shares = tuple(
+            s for s in (1, 2, 4, 8, 16, 32) if s == 1 or is_raster and self.num_steps >= 4 * s
+        )
         self.protocol = f"{self.num_tokens} tokens in {self.num_steps} steps, guidance {scale:g}"
 
     def draw(self, model: Any, batch_size: int, share: int) -> Tokens:
@@ -165,6 +174,9 @@ class OrderedSubject:
 
     def passes(self, batch_size: int, share: int) -> list[Pass]:
         return ordered_passes(self.model, batch_size, self.num_steps // share, text_length=self.text_length)
+
+    def state_bytes(self, batch_size: int, share: int) -> int:
+        return cache_bytes(self.model, batch_size, self.num_tokens // share)
 
     def _rows(self, batch_size: int) -> Any:
         condition = self.conditions(batch_size)
@@ -223,6 +235,9 @@ class MaskedSubject:
     def passes(self, batch_size: int, share: int) -> list[Pass]:
         return masked_passes(self.model, batch_size, self.num_steps // share, self.guidance)
 
+    def state_bytes(self, batch_size: int, share: int) -> int:
+        return 0
+
     def _inputs(self, batch_size: int, share: int) -> dict[str, Any]:
         return {
             "class_labels": torch.arange(batch_size, device=self.model.device),
@@ -280,6 +295,9 @@ class ContinuousSubject:
             )
         return mar_passes(family.model, batch_size, family.num_steps, family.num_inference_steps)
 
+    def state_bytes(self, batch_size: int, share: int) -> int:
+        return 0
+
     def _at(self, share: int) -> XARFamily | MARFamily:
         """With one in `share` of the steps; of MAR every step then decides more tokens."""
         if isinstance(self.family, XARFamily):
@@ -336,6 +354,9 @@ class TokenizerSubject:
         step = self._flops(FLEXTOK_STEPS // 2) - self._flops(FLEXTOK_STEPS)
         rest = Pass(own_bytes(self._modules) - evaluated, batch_size * (self._flops(FLEXTOK_STEPS) - step))
         return [rest, Pass(evaluated, batch_size * step, count=FLEXTOK_STEPS // share)]
+
+    def state_bytes(self, batch_size: int, share: int) -> int:
+        return 0
 
     @functools.cached_property
     def _modules(self) -> list[nn.Module]:
@@ -424,7 +445,9 @@ def _random(model: Any) -> Any:
     return randomize(model).eval()
 
 
-FAMILIES: dict[str, Callable[[], Subject]] = {  # class-conditional for 256 pixels unless the name says otherwise
+FAMILIES: dict[
+    str, Callable[[], Subject]
+] = {  # class-conditional for 256 pixels unless the name says otherwise
     "llamagen-b": lambda: _of_class(LlamaGenClass(**llamagen.PRESETS["B"])),
     "nar-b": lambda: _of_class(NARClass(**nar.PRESETS["B"])),
     "llamagen-l": lambda: _of_class(LlamaGenClass(**llamagen.PRESETS["L"])),

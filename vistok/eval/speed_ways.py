@@ -41,7 +41,9 @@ def _eager(subject: Subject) -> Any:
 
 def _compiled(subject: Subject) -> Any:
     if not isinstance(subject.model, OrderedGenerator):
-        raise UnavailableError(f"only generators with a fixed order compile, not {type(subject.model).__name__}")
+        raise UnavailableError(
+            f"only generators with a fixed order compile, not {type(subject.model).__name__}"
+        )
     try:
         return CompiledGenerator(subject.model)
     except ValueError as error:

@@ -37,20 +37,15 @@ def weight_bytes(*parts: nn.Module) -> int:
     modules = [module for part in parts for module in part.modules()]
     tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
     tensors = (tensor for part in parts for tensor in itertools.chain(part.parameters(), part.buffers()))
-    return sum(stored_bytes(tensor) for tensor in tensors if id(tensor) not in tables)
+    return sum(tensor_bytes(tensor) for tensor in tensors if id(tensor) not in tables)
 
 
-def resident_bytes(model: nn.Module) -> int:
-    """Bytes of all weights and buffers."""
-    return sum(stored_bytes(tensor) for tensor in itertools.chain(model.parameters(), model.buffers()))
-
-
-def stored_bytes(tensor: Any) -> int:
+def tensor_bytes(tensor: Any) -> int:
     """Bytes of a tensor, or of those that a quantised one is made of."""
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.nbytes
     parts, _ = tensor.__tensor_flatten__()
-    return sum(stored_bytes(getattr(tensor, part)) for part in parts)
+    return sum(tensor_bytes(getattr(tensor, part)) for part in parts)
 
 
 def linear_size(*parts: nn.Module) -> int:
@@ -147,6 +142,13 @@ def ordered_sizes(model: OrderedGenerator, text_length: int = 0) -> OrderedSizes
     raise ValueError(f"the work of {type(model).__name__} is not known")
 
 
+def cache_bytes(model: OrderedGenerator, batch_size: int, num_tokens: int) -> int:
+    """Keys and values of a condition and the first tokens, both branches of guidance."""
+    sizes = ordered_sizes(model)
+    item = torch.empty((), dtype=model.dtype).element_size()
+    return 4 * batch_size * sizes.depth * sizes.kv_dim * item * (sizes.prefix_length + num_tokens)
+
+
 def ordered_passes(
     model: OrderedGenerator, batch_size: int, num_steps: int, *, text_length: int = 0
 ) -> list[Pass]:
@@ -179,9 +181,7 @@ def ordered_passes(
     return [Pass(weight_bytes(*sizes.once), 2 * rows * read * linear_size(*sizes.once)), *passes]
 
 
-def masked_passes(
-    model: MaskGIT, batch_size: int, num_steps: int, guidance: GuidanceSchedule
-) -> list[Pass]:
+def masked_passes(model: MaskGIT, batch_size: int, num_steps: int, guidance: GuidanceSchedule) -> list[Pass]:
     """Of all steps; where guidance is off, of one branch."""
     length, dim = model.num_tokens + 1, model.config["dim"]
     head = model.head
@@ -309,7 +309,7 @@ def own_bytes(modules: Iterable[nn.Module]) -> int:
         for module in modules
         for tensor in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
     )
-    return sum(map(stored_bytes, tensors))
+    return sum(map(tensor_bytes, tensors))
 
 
 def mean_of(passes: Sequence[Pass], name: str) -> float:

@@ -38,7 +38,9 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 image, got {self.batch_size}; None draws all at once")
+            raise ValueError(
+                f"batch_size must be at least 1 image, got {self.batch_size}; None draws all at once"
+            )
 
     @property
     def parts(self) -> list[slice]:

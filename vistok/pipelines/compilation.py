@@ -26,7 +26,9 @@ class Compilation:
             ValueError: this generator cannot be compiled, or it is offloaded.
         """
         if self.is_offloading:
-            raise ValueError("a generator that is offloaded cannot be compiled: its weights move; leave one of the two out")
+            raise ValueError(
+                "a generator that is offloaded cannot be compiled: its weights move; leave one of the two out"
+            )
         if isinstance(self.transformer, OrderedGenerator):
             self._compiled = CompiledGenerator(self.transformer)
         else:

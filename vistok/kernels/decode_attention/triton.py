@@ -20,7 +20,7 @@ from vistok.kernels.rotation import Rotation
 MOST_NEW = 64  # positions of one call; they are one tile
 MOST_PARTS = 32
 KEYS_PER_PART = 256  # fewer are read sooner than a second kernel starts
-TILE_BYTES = 16384  # of keys or values per iteration, so that two iterations' worth fits the shared memory of any GPU
+TILE_BYTES = 8192  # of keys or values per iteration, so that two iterations' worth fits the shared memory of any GPU
 FEW_QUERIES = 2  # up to so many are multiplied out; a matrix unit would compute 16
 
 
@@ -43,7 +43,7 @@ def _load_block(source, offsets, is_row, cos, sin, angles, head_dim, BLOCK_D: tl
 def _attend_tile(total, largest, weighted, q, k, v, is_seen, scale, USES_DOT: tl.constexpr):
     """One step of the online softmax: sums over the weights and the weighted values so far, relative to `largest`."""
     if USES_DOT:
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [m n]
+        logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [m n]
     else:
         logits = tl.sum(q.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], axis=2)
     logits = tl.where(is_seen, logits * scale, float("-inf"))
@@ -53,7 +53,7 @@ def _attend_tile(total, largest, weighted, q, k, v, is_seen, scale, USES_DOT: tl
     shrink = tl.exp2(largest - shift)
     total = total * shrink + tl.sum(weights, axis=1)
     if USES_DOT:
-        added = tl.dot(weights.to(v.dtype), v, input_precision="ieee")  # [m d]
+        added = tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")  # [m d]
     else:
         added = tl.sum(weights[:, :, None] * v.to(tl.float32)[None, :, :], axis=1)
     return total, new_largest, weighted * shrink[:, None] + added
@@ -102,7 +102,7 @@ def _attend_kernel(
     within = tl.arange(0, BLOCK_N)
     key_offsets = within[:, None] * keys_position + channels[None, :]
     value_offsets = within[:, None] * values_position + channels[None, :]
-    for start in tl.range(part * per_part, end, BLOCK_N, num_stages=2):
+    for start in tl.range(part * per_part, end, BLOCK_N, num_stages=3):
         is_seen = start + within < end
         if keep is not None:
             kept = tl.load(keep + row * keep_row + (start + within) * keep_position, mask=is_seen, other=0)

@@ -10,6 +10,7 @@ themselves. diffusers' flow-matching schedulers keep it in float32 and have no s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -40,7 +41,7 @@ class Euler:
     def times(self, num_inference_steps: int) -> list[float]:
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        return torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64).tolist()
+        return list(_falling(0.0, num_inference_steps + 1))
 
     def step(self, state: Tensor, velocity: Tensor, time: float, after: float, draw: Draw) -> Tensor:
         return state + (after - time) * velocity
@@ -61,10 +62,7 @@ class EulerMaruyama:
                 "Euler-Maruyama needs at least 3 steps, one with noise between the first, from pure noise, and the "
                 f"last, without; got {num_inference_steps}; Euler takes fewer"
             )
-        return [
-            *torch.linspace(1, self.last_time, num_inference_steps, dtype=torch.float64).tolist(),
-            0.0,
-        ]
+        return [*_falling(self.last_time, num_inference_steps), 0.0]
 
     def step(self, state: Tensor, velocity: Tensor, time: float, after: float, draw: Draw) -> Tensor:
         drift = (2 - time) * velocity + state
@@ -103,6 +101,12 @@ class FlowHead:
             velocity = predict(state, time).double()
             state = self.integrator.step(state, velocity, time, after, draw)
         return state
+
+
+@functools.lru_cache(maxsize=256)
+def _falling(end: float, count: int) -> tuple[float, ...]:
+    """Evenly spaced times from 1 to `end`; made once, as every step of an order asks for them."""
+    return tuple(torch.linspace(1, end, count, dtype=torch.float64).tolist())
 
 
 def logit_normal_times(normals: Tensor) -> Tensor:
