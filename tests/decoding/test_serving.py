@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.host_sync import no_host_sync
 from vistok import FlexARClass, FlexARText, LlamaGenClass, LlamaGenText, NARClass, TextAR
 from vistok.decoding.guidance import ConstantGuidance, LinearGuidance, StepsGuidance
 from vistok.decoding.ordered import generate_ordered
@@ -237,6 +238,19 @@ def test_a_step_reads_no_more_rows_than_it_takes_to_reach_all_requests(model) ->
         assert_same(ticket.result(), alone(model, ticket.request))
 
 
+@pytest.mark.parametrize("guidance", [ConstantGuidance(), ConstantGuidance(2.0)])
+def test_a_step_in_which_nobody_joins_or_leaves_does_not_wait_for_the_device(model, guidance) -> None:
+    """But for what the model does in it, for which a table stands here."""
+    logits = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    server = Server(model, num_slots=4, feed=lambda indices, cache: (logits[indices],))
+    for sampling in SAMPLINGS[1:3]:
+        server.submit(plain_request(sampling=sampling, guidance=guidance))
+    server.step()
+    server.step()
+    with no_host_sync():
+        assert server.step() == []
+
+
 def test_a_cache_takes_no_more_than_it_holds(model) -> None:
     cache, source = model.new_cache(2, 2), model.new_cache(1)
     model.prefill(torch.tensor([1]), source)
@@ -323,6 +337,7 @@ def test_conditions_of_another_kind_are_refused(family: str, condition, message:
         ({"num_tokens": 10}, r"num_tokens must be in 1\.\.9, got 10"),
         ({"sampling": SamplingParams(top_k=21)}, "top_k 21 is larger than the vocabulary of 20"),
         ({"null_condition": torch.tensor([1, 2])}, "null_condition of a request"),
+        ({"stream": ImageStreams.from_seeds([1, 2])}, "must have one row, this one has 2"),
         ({"guidance": ConstantGuidance(2.0)}, "takes 2 slots, this server has 1: raise num_slots"),
     ],
 )
@@ -347,6 +362,7 @@ def test_the_queue_has_a_limit(model) -> None:
     tickets[0].cancel()
     tickets.append(server.submit(plain_request(num_tokens=2)))
     assert list(server.run()) == tickets[1:]
+    assert wait(tickets, timeout=60).not_done == set()
 
 
 def test_cancelled_requests_free_their_slots_and_give_nothing(model) -> None:
@@ -357,6 +373,7 @@ def test_cancelled_requests_free_their_slots_and_give_nothing(model) -> None:
     assert list(server.run()) == [last]
     with pytest.raises(CancelledError):
         running.result()
+    assert wait([running, waiting, last], timeout=60).not_done == set()
     assert not last.cancel()
     assert_same(last.result(), alone(model, last.request))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vistok.eval import speed_subjects
+from vistok.eval import speed_families
 from vistok.eval.speculative_speed import Bench, Run, drafters, main, measure
 from vistok.eval.speed_subjects import OrderedSubject
 from vistok.models.generators.llamagen import LlamaGenClass
@@ -77,7 +77,7 @@ def test_a_generator_in_another_order_is_refused() -> None:
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     families = {"llamagen-b": lambda: OrderedSubject(LlamaGenClass(**SIZES, mlp_dim=24).eval(), torch.arange)}
-    monkeypatch.setattr(speed_subjects, "FAMILIES", families)
+    monkeypatch.setattr(speed_families, "FAMILIES", families)
     options = ["--num-drafted", "2", "--num-tokens", "6", "--repeats", "1", "--guidance-scale", "1"]
     main(["-o", str(tmp_path / "out"), *options])
     report = json.loads(capsys.readouterr().out)

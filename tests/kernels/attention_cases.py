@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def inputs(
     num_keys: int,
     *,
     batch_size: int = 2,
-    heads: tuple[int, int] = (4, 2),
+    heads: tuple[int, int] = (2, 1),
     head_dim: int = 24,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -66,27 +68,27 @@ def tree(num_keys: int) -> TreeMask:
     return TreeMask(torch.tensor([num_keys - 5, 3]), ancestors[None])
 
 
-MASKS = {  # name -> queries, keys, mask
-    "none": (35, 67, None),
-    "causal": (67, 67, CausalMask()),
-    "causal, behind a cache": (35, 67, CausalMask()),
+MASKS = {  # name -> queries, keys, mask; tiles are of 32 positions in float32
+    "none": (33, 40, None),
+    "causal": (40, 40, CausalMask()),
+    "causal, behind a cache": (33, 40, CausalMask()),
     "causal, one query": (1, 9, CausalMask()),
-    "keys": (35, 67, KeyMask(ragged(67))),
+    "keys": (33, 40, KeyMask(ragged(40))),
     "a prefix of keys": (7, 19, KeyMask.prefix([19, 4], 19)),
     "order": (7, 19, orders(7, 19)[0]),
-    "orders with private keys": (35, 67, orders(35, 67)[1]),
+    "orders with private keys": (33, 40, orders(33, 40)[1]),
     "tree": (5, 40, tree(40)),
     "a repeated key": (7, 19, LastKeyRepeats(100)),
-    "packed": (67, 67, PackedMask((5, 1, 40, 21))),
+    "packed": (40, 40, PackedMask((5, 1, 20, 14))),
     "joined": (7, 19, CausalMask() & KeyMask(ragged(19)) | SelfMask()),
 }
 
 
-def case(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], AttentionMask | None]:
+def case(name: str, dtype: torch.dtype, **options: Any) -> tuple[list[Tensor], AttentionMask | None]:
     """Inputs and mask; a packed row is one row."""
     num_queries, num_keys, mask = MASKS[name]
     batch_size = 1 if isinstance(mask, PackedMask) else 2
-    return inputs(num_queries, num_keys, batch_size=batch_size, dtype=dtype, device=device), mask
+    return inputs(num_queries, num_keys, batch_size=batch_size, dtype=dtype, **options), mask
 
 
 def results(

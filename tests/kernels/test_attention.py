@@ -16,10 +16,9 @@ from tests.kernels.attention_cases import (
 )
 from vistok.kernels.attention import AttentionMask, CausalMask, KeyMask, LastKeyRepeats, SelfMask, attention
 from vistok.kernels.attention.backends import BACKENDS
+from vistok.kernels.attention.diffusers import DIFFERENTIABLE, INFERENCE_ONLY
 
 ON_CPU = ["reference", "sdpa", "flex", "triton"]  # Triton's interpreter runs its kernels
-ON_GPU = [name for name in BACKENDS if name != "reference"]
-QUANTISED = [name for name in BACKENDS if "sage" in name]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:flex_attention called without torch.compile", "ignore:divide by zero encountered:RuntimeWarning"
@@ -48,7 +47,7 @@ def test_triton_takes_bfloat16():
     assert_as_exact_as_plain(*case("joined", torch.bfloat16), "sdpa")
 
 
-@pytest.mark.parametrize("head_dim", [8, 64, 100, 128])
+@pytest.mark.parametrize("head_dim", [8, 100, 128])
 def test_triton_covers_heads_of_many_sizes(head_dim):
     assert_as_exact_as_plain(inputs(5, 40, head_dim=head_dim, heads=(2, 2)), CausalMask(), "triton")
 
@@ -109,9 +108,9 @@ def test_inputs_may_lie_in_any_order(backend):
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_an_empty_batch_stays_empty(backend):
     q, k, v = (x[:0] for x in inputs(3, 5))
-    assert attention(q, k, v, CausalMask(), backend=backend).shape == (0, 4, 3, 24)
+    assert attention(q, k, v, CausalMask(), backend=backend).shape == (0, 2, 3, 24)
     no_queries = [x[:, :, :length] for x, length in zip(inputs(3, 5), (0, 5, 5), strict=True)]
-    assert attention(*no_queries, backend=backend).shape == (2, 4, 0, 24)
+    assert attention(*no_queries, backend=backend).shape == (2, 2, 0, 24)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
@@ -144,21 +143,36 @@ def test_causal_queries_do_not_see_later_keys():
     assert torch.equal(attention(q, k, v, CausalMask())[:, :, :3], before[:, :, :3])
 
 
+def run_on_gpu(backend: str, mask: str, dtype: torch.dtype, with_gradients: bool) -> None:
+    """Gradients of kernels that keep their output in half precision are allowed three times the error."""
+    tensors, mask = case(mask, dtype, head_dim=64, device="cuda")
+    leaves = [x.detach().requires_grad_(with_gradients) for x in tensors]
+    if reasons := BACKENDS[backend].objections(*leaves, mask):
+        pytest.skip("; ".join(reasons))
+    assert_as_exact_as_plain(tensors, mask, backend, with_gradients, factor=3.0 if with_gradients else 2.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("with_gradients", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("backend", [name for name in ON_GPU if name not in QUANTISED])
-def test_gpu_backends_are_as_exact_as_plain_pytorch(backend, mask, dtype, with_gradients):
-    num_queries, num_keys, mask = MASKS[mask]
-    batch_size = 1 if mask is not None and type(mask).__name__ == "PackedMask" else 2
-    tensors = inputs(
-        num_queries, num_keys, batch_size=batch_size, head_dim=64, dtype=dtype, device="cuda"
-    )
-    q, k, v = (x.requires_grad_(with_gradients) for x in tensors)
-    if reasons := BACKENDS[backend].objections(q, k, v, mask):
-        pytest.skip("; ".join(reasons))
-    assert_as_exact_as_plain(tensors, mask, backend, with_gradients, factor=3.0 if with_gradients else 2.0)
+@pytest.mark.parametrize("backend", ["sdpa", "xformers", "triton"])
+def test_backends_are_as_exact_as_plain_pytorch_on_a_gpu(backend, mask, dtype, with_gradients):
+    run_on_gpu(backend, mask, dtype, with_gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", ["orders with private keys", "packed", "joined", "a repeated key"])
+def test_compiled_flex_attention_is_as_exact_as_plain_pytorch(mask):
+    run_on_gpu("flex", mask, torch.bfloat16, with_gradients=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("mask", ["none", "causal", "causal, one query"])
+@pytest.mark.parametrize("backend", [name for name in DIFFERENTIABLE + INFERENCE_ONLY if "sage" not in name])
+def test_backends_of_diffusers_are_as_exact_as_plain_pytorch(backend, mask, with_gradients):
+    run_on_gpu(backend, mask, torch.bfloat16, with_gradients)
 
 
 @pytest.mark.gpu

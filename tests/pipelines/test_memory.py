@@ -316,7 +316,13 @@ def test_what_offloading_cannot_do(accelerator: Accelerator) -> None:
     pipeline = from_classes()
     with pytest.raises(ValueError, match="layer by layer.*enable_model_cpu_offload"):
         pipeline.enable_sequential_cpu_offload()
+    compiled = make_pipeline("llamagen-class")
+    compiled.compile()
+    with pytest.raises(ValueError, match="compiled generator cannot be offloaded"):
+        compiled.enable_model_cpu_offload(device="cpu")
     pipeline.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match="is offloaded"):
+        pipeline.compile()
     with pytest.raises(ValueError, match="does not support models that are offloaded"):
         pipeline(0, speculation=SpeculativeDecoding(TRAINING_FREE["jacobi"]()))
 

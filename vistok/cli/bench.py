@@ -23,19 +23,14 @@ def bench(
     ],
     preset: Annotated[str, typer.Option(help=PRESET_HELP)] = "default",
     quick: Annotated[bool, typer.Option("--quick", help="The same as --preset quick.")] = False,
-    families: Annotated[
-        list[str] | None, typer.Option("--family", metavar="NAME", help="Only these.")
-    ] = None,
+    families: Annotated[str | None, typer.Option(metavar="A,B", help="Only these.")] = None,
     ways: Annotated[
-        list[str] | None, typer.Option("--way", metavar="NAME", help="plain, eager or compiled; only these.")
+        str | None, typer.Option(metavar="A,B", help="Only these of plain, eager and compiled.")
     ] = None,
     dtypes: Annotated[
-        list[str] | None,
-        typer.Option("--dtype", metavar="NAME", help="float32, bfloat16 or int8; only these."),
+        str | None, typer.Option(metavar="A,B", help="Only these of float32, bfloat16 and int8 weights.")
     ] = None,
-    batch_sizes: Annotated[
-        list[int] | None, typer.Option("--batch-size", min=1, help="Images at a time; only these.")
-    ] = None,
+    batch_sizes: Annotated[str | None, typer.Option(metavar="N,M", help="Images at a time.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Timed calls; the median counts.")] = None,
     longest: Annotated[
         float | None,
@@ -43,22 +38,20 @@ def bench(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Time every family beside this machine's bandwidth and arithmetic, and beside the plainest loop.
-
-    Options that say "only these" can be given several times.
-    """
+    """Time every family beside this machine's bandwidth and arithmetic, and beside the plainest loop."""
     check_folder(out if out.exists() else out.parent)
     from vistok.eval.rate_distortion_report import check_plotting
-    from vistok.eval.speed import choose, run
+    from vistok.eval.speed import run
     from vistok.eval.speed_report import write_report
+    from vistok.eval.speed_selection import choose
 
     check_plotting()
     selections = choose(
         "quick" if quick else preset,
-        families=families,
-        ways=ways,
-        dtypes=dtypes,
-        batch_sizes=batch_sizes,
+        families=_several(families),
+        ways=_several(ways),
+        dtypes=_several(dtypes),
+        batch_sizes=_numbers(batch_sizes),
         repeats=repeats,
         longest=longest,
     )
@@ -72,3 +65,16 @@ def bench(
         machine=measured.machine,
         device=measured.device,
     )
+
+
+def _several(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    parts = _several(text)
+    if parts is None:
+        return None
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"batch sizes are whole numbers with commas between them, such as 1,8; got {text!r}")
+    return tuple(int(part) for part in parts)

@@ -51,7 +51,7 @@ def doctor(as_json: AsJson = False) -> None:
     for title, entries in facts.items():
         typer.echo(f"{title.replace('_', ' ')}:")
         for name, value in entries.items():
-            typer.echo(f"  {name:<34}{value}")
+            typer.echo(f"  {name:<42}{value}")
 
 
 def diagnose() -> dict[str, dict[str, Any]]:
@@ -81,17 +81,29 @@ def diagnose() -> dict[str, dict[str, Any]]:
 
 
 def attention_backends() -> dict[str, str]:
-    """For each backend and device, `"runs"` or the reasons why it cannot."""
-    import torch
+    """For each backend and device, `"runs"` or why a plain call cannot, in the two precisions people use."""
+    return {
+        f"{name} on {device}": _why_not(name, device) for device in available_devices() for name in _backends()
+    }
 
+
+def _backends() -> dict[str, Any]:
     from vistok.kernels.attention.backends import BACKENDS
 
+    return BACKENDS
+
+
+def _why_not(name: str, device: str) -> str:
+    """The objections to attention without a mask, in one line; by precision where they differ."""
+    import torch
+
     found = {}
-    for device in available_devices():
-        q = torch.empty(1, 1, 1, 8, device=device)
-        for name, backend in BACKENDS.items():
-            found[f"{name} on {device}"] = "; ".join(backend.objections(q, None)) or "runs"
-    return found
+    for dtype in (torch.float32, torch.float16):
+        q = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
+        found[str(dtype).removeprefix("torch.")] = "; ".join(_backends()[name].objections(q, q, q, None)) or "runs"
+    if len(set(found.values())) == 1:
+        return found["float32"]
+    return "; ".join(f"{dtype}: {what}" for dtype, what in found.items())
 
 
 def _version(package: str) -> str | None:

@@ -91,10 +91,15 @@ class CompiledGenerator:
 
     def step(self, indices: Tensor, cache: CompiledCache) -> Tensor:
         """See `OrderedGenerator`."""
-        outputs = self._programs(indices, cache.state)
+        outputs = self.feed(indices, cache.state)
         cache.state.advance(indices.shape[1])
         cache.num_steps += 1
         return self.model.next_logits(outputs, cache.num_steps)
+
+    @torch.no_grad()
+    def feed(self, indices: Tensor, cache: KVCache) -> tuple[Tensor, ...]:
+        """`OrderedGenerator.feed`, compiled; on a GPU a cache that it is called with stays allocated."""
+        return self._programs(indices, cache)
 
     @torch.no_grad()
     def warm_up(self, condition: Condition, num_tokens: int | None = None) -> None:
@@ -135,6 +140,7 @@ class _Inductor:
 
 @dataclass(frozen=True)
 class _Graph:
+    cache: KVCache  # kept, so that no other cache gets its id
     indices: Tensor
     outputs: tuple[Tensor, ...]
     graph: Any  # torch.cuda.CUDAGraph
@@ -162,7 +168,7 @@ class _Graphs:
         return known
 
     def __call__(self, indices: Tensor, cache: KVCache) -> tuple[Tensor, ...]:
-        key = (id(cache), indices.shape)  # the cache is kept, so its id stays its own
+        key = (id(cache), indices.shape)
         if key not in self._graphs:
             self._graphs[key] = self._capture(indices, cache)
         return self._graphs[key].replay(indices)
@@ -181,4 +187,4 @@ class _Graphs:
         with torch.cuda.graph(graph):
             outputs = self._feed(static, cache)
         cache.forget_nodes()
-        return _Graph(static, outputs, graph)
+        return _Graph(cache, static, outputs, graph)

@@ -147,7 +147,7 @@ class Pictures:
     def laws(self, tokens: Tokens, settings: OrderedSettings) -> Iterator[Tensor]:
         """The distributions `[b n v]` of the tokens of every batch, each given the tokens before it; on the CPU."""
         model = self.pipeline.transformer
-        condition = repeat_each(model.encode_text(self.prompts), self.num_images)
+        condition: Any = repeat_each(model.encode_text(self.prompts), self.num_images)
         for part in parts(len(self.seeds)):
             yield token_laws(model, condition[part], tokens.data[part], settings).float().cpu()
 

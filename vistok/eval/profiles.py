@@ -1,8 +1,7 @@
 """Where the time of drawing an image goes: `python -m vistok.eval.profiles -o FOLDER`.
 
 Released sizes with random weights, and the shipped pipeline with its own, draw images eagerly under `torch.profiler`. The time
-of all operators is summed up in groups; what is left of the wall time, taken without the profiler, is Python, dispatch and
-waiting. Writes `profiles.json`, `profiles.png` and `report.md`.
+of all operators is summed up in groups; what is left of the time is Python, dispatch and waiting. Writes `profiles.json`, `profiles.png` and `report.md`.
 """
 
 from __future__ import annotations
@@ -76,8 +75,10 @@ class Profile:
     dtype: str
     batch_size: int
     seconds: float  # median of a batch, without the profiler
-    profiled_seconds: float  # with it
-    shares: dict[str, float]  # group -> share of `seconds`
+    whole_seconds: (
+        float  # what shares are of: on a GPU the same, on a CPU the time of a batch under the profiler
+    )
+    shares: dict[str, float]  # group -> share
     calls: int  # of operators that compute, on a GPU of kernels
     largest: list[OperatorTime]  # operators with the most time
 
@@ -180,13 +181,15 @@ def measure(name: str, device: torch.device, dtype: str, *, batch_size: int = 1,
     with network_ranges(), profile(activities=activities) as recorded:
         (profiled_seconds,) = median_seconds([call], 1, device)
     times = operator_times(recorded.events(), device)
+    # The profiler slows down operators on a CPU, and the GPU's host but not its kernels.
+    whole = seconds if device.type == "cuda" else profiled_seconds
     return Profile(
         subject=name,
         dtype=dtype,
         batch_size=batch_size,
         seconds=seconds,
-        profiled_seconds=profiled_seconds,
-        shares=shares(times, seconds),
+        whole_seconds=whole,
+        shares=shares(times, whole),
         calls=computing_calls(times),
         largest=times[:LARGEST],
     )
@@ -243,10 +246,11 @@ def _page(result: ProfileReport) -> str:
         *(f"- {name}: {SUBJECTS[name].what}." for name in subjects),
         f"- Eager, without compilation. Seconds: median of {result.repeats} batches after another one, without the "
         "profiler. Operators: calls of those that compute, on a GPU their kernels, in one batch.",
-        "- Shares of these seconds. Groups follow from the operators, and from whether a module of a network called them; "
+        "- Groups follow from the operators, and from whether a module of a network called them; "
         "sampling and loop is what no module did: guidance, drawing, integration, caches made, noise.",
-        "- Python and launches: what no operator took. The profiler slows operators down a little, the more the smaller "
-        "they are, so that this share is rather too small.",
+        "- Shares: on a GPU of these seconds, on a CPU of those under the profiler, where both meet the same machine. "
+        "Python and launches: what no operator, on a GPU no kernel, took; on a CPU with what the profiler itself costs, "
+        "so that this share is rather too large.",
         f"- {result.device}, {threads_in_words(result.num_threads)}; {result.machine}.",
     ]
     return "\n".join(lines) + "\n"
@@ -258,14 +262,13 @@ def _cells(p: Profile) -> list[str]:
 
 
 def _operator_cells(p: Profile) -> list[list[str]]:
-    total = max(p.seconds, sum(time.seconds for time in p.largest))
     return [
         [
             *_labels(p),
             f"`{time.name.replace('|', ' ')}`",
             time.group,
             str(time.calls),
-            f"{100 * time.seconds / total:.0f} %",
+            f"{100 * time.seconds / p.whole_seconds:.0f} %",
         ]
         for time in p.largest
     ]

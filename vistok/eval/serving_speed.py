@@ -28,7 +28,7 @@ from vistok.decoding.serving import Request, Server, Ticket
 from vistok.decoding.streams import ImageStreams
 from vistok.eval.machine import describe_machine, threads_in_words
 from vistok.eval.markdown import table
-from vistok.eval.speed_subjects import build_subject
+from vistok.eval.speed_families import build_subject
 from vistok.eval.speed_ways import FLOAT_TYPES
 from vistok.files import atomic_path
 from vistok.hub import load_pipeline

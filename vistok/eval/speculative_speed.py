@@ -37,7 +37,7 @@ from vistok.decoding.streams import ImageStreams
 from vistok.eval.machine import describe_machine
 from vistok.eval.peak_memory import MIB
 from vistok.eval.rate_distortion_report import check_plotting
-from vistok.eval.speed_subjects import build_subject
+from vistok.eval.speed_families import build_subject
 from vistok.eval.speed_ways import FLOAT_TYPES
 from vistok.eval.speed_work import weight_bytes
 from vistok.eval.timing import median_seconds

@@ -11,7 +11,7 @@ from vistok.eval.machine import threads_in_words
 from vistok.eval.markdown import table
 from vistok.eval.peak_memory import MIB
 from vistok.eval.rate_distortion_report import DPI, check_plotting
-from vistok.eval.speed import Measurement, SpeedReport
+from vistok.eval.speed_cells import Measurement, SpeedReport
 from vistok.eval.speed_ways import DTYPES, PLAIN, WAYS
 from vistok.files import atomic_path
 
@@ -94,7 +94,7 @@ AIMS = {
         Aim("NAR-B, bfloat16, one image: faster than LlamaGen-B", _faster("nar-b", "llamagen-b"), 4),
         *(
             Aim(f"{family}, float32, 20 steps: faster than the plain way", _speed_up(family, "float32"), 2)
-            for family in ("flextok-d12-d12", "flextok-d12-d12, 32 tokens")
+            for family in ("flextok-d12-d12", "flextok-d12-d12-32-tokens")
         ),
     ],
     "cuda": [

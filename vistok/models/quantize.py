@@ -96,6 +96,6 @@ def _refuse_to_save(*args: Any, **options: Any) -> NoReturn:
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes that the weights and buffers of a model take, quantized or not."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
     parts = [(x.qdata, x.scale) if hasattr(x, "qdata") else (x,) for x in tensors]
     return sum(part.numel() * part.element_size() for group in parts for part in group)

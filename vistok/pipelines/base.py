@@ -29,7 +29,7 @@ from vistok.pipelines.decoder import ImageDecoder, Preview, PreviewCallback
 from vistok.pipelines.drawing import Conditions, Request, check_codes, followed_order
 from vistok.pipelines.fit import check_fit
 from vistok.pipelines.inpainting import given_tokens
-from vistok.pipelines.offload import Offloading, onload
+from vistok.pipelines.offload import onload
 from vistok.pipelines.settings import ALL_SETTINGS, Settings, override, settings_for
 from vistok.pipelines.speculation import SpeculativeDecoding, check_speculation
 from vistok.tokens import Tokens
@@ -55,7 +55,7 @@ class ImagePipelineOutput(BaseOutput):
     statistics: SpeculationStatistics | None = None
 
 
-class ImagePipeline(Offloading, Compilation, DiffusionPipeline):
+class ImagePipeline(Compilation, DiffusionPipeline):
     """A tokenizer and an image model that fit each other.
 
     The model is called `transformer`, as in diffusers: `generator` is always a `torch.Generator`. Any generator fits any

@@ -70,6 +70,7 @@ class Batches:
             if speculation is None:
                 drawn.append(draw(model, settings, batch))
             else:
+                assert isinstance(model, Generator)
                 result = speculate(model, settings, batch, speculation)
                 drawn.append(result.tokens)
                 statistics.append(result.statistics)

@@ -6,13 +6,13 @@ from typing import Any
 
 from vistok.decoding.compiled import CompiledGenerator
 from vistok.models.generators.base import Generator, OrderedGenerator
+from vistok.pipelines.offload import Offloading
 
 
-class Compilation:
+class Compilation(Offloading):
     """What a pipeline offers for compiling its generator."""
 
     transformer: Generator
-    is_offloading: bool
     _compiled: CompiledGenerator | None = None
 
     def compile(self) -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule
@@ -28,7 +29,7 @@ class Request:
     Args:
         condition: one row of what the model is conditioned on.
         seed: of its random stream.
-        stream: instead of the seed, a source of one row.
+        stream: instead of the seed, a source of one row. All that the image takes is drawn from it by `submit`.
         num_tokens: stop after so many; all that the server has room for by default.
         sampling: how a token is drawn.
         guidance: scale per token, the steps being `num_tokens`. While a scale other than 1.0 is to come, the request
@@ -72,11 +73,13 @@ class Job:
         ticket: who waits for it.
         null: what guidance leads away from; `None` where no token is guided.
         scales: of guidance, one per token.
+        uniforms: `[n]` on the CPU, one per token: all draws of the image.
     """
 
     ticket: Ticket
     null: Condition | None
     scales: tuple[float, ...]
+    uniforms: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -93,18 +96,13 @@ class Job:
         """Slots that it takes at first."""
         return 1 if self.null is None else 2
 
-    def streams(self) -> UniformSource:
-        """Where the draws of this image come from."""
-        request = self.ticket.request
-        return ImageStreams.from_seeds([request.seed]) if request.stream is None else request.stream
-
 
 def make_job(model: NextTokenGenerator, ticket: Ticket, most: int) -> Job:
     """Check a request against a model with room for `most` tokens, and say what it takes.
 
     Raises:
         ValueError: a condition of another kind or not one row, `num_tokens` outside `1..most`, a `top_k` beyond the
-            codebook, guidance without a null condition where the model has none of its own.
+            codebook, guidance without a null condition where the model has none of its own, a stream of several rows.
     """
     request = ticket.request
     check_condition(model, request.condition, "condition")
@@ -117,7 +115,16 @@ def make_job(model: NextTokenGenerator, ticket: Ticket, most: int) -> Job:
     if any(scale != 1.0 for scale in scales):
         null = request.null_condition
         null = model.null_condition_for(request.condition) if null is None else null
-    return Job(ticket, null, scales)
+    return Job(ticket, null, scales, _draw_all(request, num_tokens))
+
+
+def _draw_all(request: Request, num_tokens: int) -> Tensor:
+    """What a loop would draw token by token, `[n]`."""
+    streams = ImageStreams.from_seeds([request.seed]) if request.stream is None else request.stream
+    uniforms = torch.cat([streams.uniform(1) for _ in range(num_tokens)], dim=1)  # [1 n]
+    if len(uniforms) != 1:
+        raise ValueError(f"the stream of a request must have one row, this one has {len(uniforms)}")
+    return uniforms[0]
 
 
 def check_condition(model: NextTokenGenerator, condition: Any, name: str) -> None:

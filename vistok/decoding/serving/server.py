@@ -28,7 +28,7 @@ class Server:
     """Draws images as they are asked for, with one next-token generator.
 
     A request's tokens are those that `generate_ordered` draws for it alone with the same seed, whoever joins or leaves
-    meanwhile; where the sums of a batch are rounded otherwise than those of one row, as everywhere.
+    meanwhile. Only rounding differs between few rows and many, which in low precision may tip a draw.
 
     Every image is at one token per step. So generators that decide several positions at a step (NAR, whose diagonals
     differ in size from step to step, xAR) and masked ones, which have no cache, are not served: their batches are
@@ -154,8 +154,12 @@ class Server:
     def _check_queue(self) -> None:
         if self.max_waiting is None or len(self._waiting) < self.max_waiting:
             return
-        self._waiting = [entry for entry in self._waiting if not entry[2].ticket.cancelled()]
-        heapq.heapify(self._waiting)
+        entries, self._waiting = self._waiting, []
+        for entry in entries:
+            if (ticket := entry[2].ticket).cancelled():
+                ticket.set_running_or_notify_cancel()
+            else:
+                heapq.heappush(self._waiting, entry)
         if len(self._waiting) >= self.max_waiting:
             raise QueueFullError(
                 f"{self.max_waiting} requests wait already: try again later, or raise max_waiting"
@@ -166,6 +170,7 @@ class Server:
             if seat.job.ticket.cancelled():
                 self._slots.leave(seat)
                 self._forget(seat.job.ticket)
+                seat.job.ticket.set_running_or_notify_cancel()
         ended = self._join(self._admit())
         if not all(seat.is_done for seat in self._slots.seats):
             self._slots.step()
@@ -181,7 +186,9 @@ class Server:
                 if not is_cancelled and job.num_rows > room:
                     break
                 heapq.heappop(self._waiting)
-                if not is_cancelled:
+                if is_cancelled:
+                    job.ticket.set_running_or_notify_cancel()  # for who waits for several
+                else:
                     room -= job.num_rows
                     jobs.append(job)
                     self._admitted[job.ticket.request_id] = job.ticket
@@ -203,12 +210,11 @@ class Server:
         """Let those leave that are done."""
         ended = []
         for seat in [seat for seat in self._slots.seats if seat.is_done]:
-            try:
-                result = self._slots.tokens(seat)
-            except FloatingPointError as error:
-                result = error
             self._slots.leave(seat)
-            ended += self._resolve(seat.job.ticket, result)
+            try:
+                ended += self._resolve(seat.job.ticket, self._slots.tokens(seat))
+            except FloatingPointError as error:
+                ended += self._resolve(seat.job.ticket, error)
         return ended
 
     def _resolve(self, ticket: Ticket, result: Tokens | BaseException) -> list[Ticket]:

@@ -189,9 +189,8 @@ class Slots:
 
     def _write_plan(self, seat: Seat) -> None:
         """All draws and scales of a request, so that no step has to bring them."""
-        streams, num_tokens = seat.job.streams(), seat.job.num_tokens
-        uniforms = torch.cat([streams.uniform(1) for _ in range(num_tokens)], dim=1)  # [1 n]
-        self._uniforms[seat.row, :num_tokens] = uniforms[0].to(self._uniforms.device)
+        num_tokens = seat.job.num_tokens
+        self._uniforms[seat.row, :num_tokens] = seat.job.uniforms.to(self._uniforms.device)
         self._scales[seat.row, :num_tokens] = torch.tensor(seat.job.scales, device=self._scales.device)
 
     def _draw(self, logits: Tensor, draws: list[Draws]) -> None:

@@ -30,8 +30,12 @@ def reference_decode_attention(
     logits = grouped @ keys.to(wide)[:, :, None].transpose(-2, -1)  # [b hk group t L]
     logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
     logits = logits.masked_fill(~visible[:, None, None], float("-inf"))
-    weights = logits.softmax(dim=-1).masked_fill(~visible[:, None, None], 0)  # of a query that sees nothing: zeros
-    seen = values.to(wide).masked_fill(~visible.any(1)[:, None, :, None], 0)  # a weight of 0 does not silence a NaN
+    weights = logits.softmax(dim=-1).masked_fill(
+        ~visible[:, None, None], 0
+    )  # of a query that sees nothing: zeros
+    seen = values.to(wide).masked_fill(
+        ~visible.any(1)[:, None, :, None], 0
+    )  # a weight of 0 does not silence a NaN
     return (weights @ seen[:, :, None]).flatten(1, 2).to(q.dtype)
 
 
@@ -56,7 +60,9 @@ def visible_positions(
     lengths: Tensor, num_new: int, num_positions: int, ancestors: Tensor | None, keep: Tensor | None
 ) -> Tensor:
     """Which of the storage's positions each of `num_new` new ones sees, `[b num_new num_positions]`."""
-    new = torch.arange(num_positions, device=lengths.device) - lengths[:, None]  # [b L]; negative: stored before
+    new = (
+        torch.arange(num_positions, device=lengths.device) - lengths[:, None]
+    )  # [b L]; negative: stored before
     before = new < 0 if keep is None else (new < 0) & keep
     among = (new >= 0) & (new < num_new)
     if ancestors is None:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from vistok.kernels.rotation import Rotation
 
-MOST_NEW = 64  # positions of one call; they are one tile
 MOST_PARTS = 32
 KEYS_PER_PART = 256  # fewer are read sooner than a second kernel starts
-TILE_BYTES = 8192  # of keys or values per iteration, so that two iterations' worth fits the shared memory of any GPU
+TILE_BYTES = 8192  # of queries, keys or values; larger ones spill registers (compiled for sm_80 and sm_90)
 FEW_QUERIES = 2  # up to so many are multiplied out; a matrix unit would compute 16
 
 
@@ -119,15 +118,17 @@ def _attend_kernel(
     if part == NUM_PARTS - 1:
         new = tl.arange(0, BLOCK_T)
         is_new = (new < num_new) & (stored + new < max_length)
-        angles = row * angles_row + new * angles_new
+        new_angles = row * angles_row + new * angles_new
         k_offsets = row * k_row + head * k_head + new * k_new
         v_offsets = row * v_row + head * v_head + new * v_new
-        new_keys = _load_block(k, k_offsets, is_new, cos, sin, angles, head_dim, BLOCK_D)
-        new_values = _load_block(v, v_offsets, is_new, None, None, angles, head_dim, BLOCK_D)
+        new_keys = _load_block(k, k_offsets, is_new, cos, sin, new_angles, head_dim, BLOCK_D)
+        new_values = _load_block(v, v_offsets, is_new, None, None, new_angles, head_dim, BLOCK_D)
         is_seen = is_query[:, None] & is_new[None, :]
         if ancestors is not None:
             offsets = new_query[:, None] * ancestors_query + new[None, :] * ancestors_new
-            is_seen = is_seen & (tl.load(ancestors + row * ancestors_row + offsets, mask=is_seen, other=0) != 0)
+            is_seen = is_seen & (
+                tl.load(ancestors + row * ancestors_row + offsets, mask=is_seen, other=0) != 0
+            )
         total, largest, weighted = _attend_tile(
             total, largest, weighted, queries, new_keys, new_values, is_seen, scale, USES_DOT
         )
@@ -137,7 +138,9 @@ def _attend_kernel(
             tl.store(keys + places * keys_position + channels[None, :], new_keys, mask=mask)
             tl.store(values + places * values_position + channels[None, :], new_values, mask=mask)
 
-    total = tl.where(total > 0, total, 1.0)  # a query that sees nothing gets zeros, and of its parts no weight
+    total = tl.where(
+        total > 0, total, 1.0
+    )  # a query that sees nothing gets zeros, and of its parts no weight
     place = (part.to(tl.int64) * num_rows + row) * NUM_KEY_HEADS * GROUP + head_query
     place = place * num_new + new_query
     places = place[:, None] * head_dim + channels[None, :]
@@ -193,9 +196,10 @@ def triton_decode_attention(
     group = h // num_key_heads
     uses_dot = group * t > FEW_QUERIES
     smallest = 16 if uses_dot else 1  # what tl.dot takes
-    block_m = min(max(smallest, triton.next_power_of_2(group * t)), 64)
     block_d = max(16, triton.next_power_of_2(d))
-    keys_per_tile = TILE_BYTES // (keys.element_size() * block_d * (1 if uses_dot else block_m))
+    per_tile = max(16, min(TILE_BYTES // (keys.element_size() * block_d), 128))
+    block_m = min(max(smallest, triton.next_power_of_2(group * t)), per_tile)
+    block_n = per_tile if uses_dot else max(16, per_tile // block_m)
     grid = (b * num_key_heads, triton.cdiv(group * t, block_m))
     if num_parts is None:
         num_parts = useful_parts(grid[0] * grid[1], max_length, _num_multiprocessors(q.device))
@@ -213,7 +217,7 @@ def triton_decode_attention(
         *((0, 0) if kept is None else kept.stride()),
         b, t, max_length, d,
         NUM_KEY_HEADS=num_key_heads, GROUP=group, NUM_PARTS=num_parts, USES_DOT=uses_dot,
-        BLOCK_M=block_m, BLOCK_N=min(max(keys_per_tile, 16), 128), BLOCK_T=max(smallest, triton.next_power_of_2(t)),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=max(smallest, triton.next_power_of_2(t)),
         BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
     if num_parts > 1:

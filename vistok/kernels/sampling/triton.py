@@ -18,7 +18,7 @@ BITS_OF_ONE = tl.constexpr(0x3F800000)
 
 @triton.jit
 def draw_from_row(weights, scratch, uniform, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
-    """The id whose share of the cumulative weights holds `uniform`; -1 where no weight is above 0.
+    """The id whose share of the cumulative weights holds `uniform`; -1 where one is NaN, or none above 0.
 
     Args:
         weights: `[BLOCK]` float32 of a row that is held, 0 beyond the vocabulary.
@@ -44,7 +44,8 @@ def draw_from_row(weights, scratch, uniform, vocab_size, BLOCK: tl.constexpr, IS
         token = tl.minimum(token, tl.min(tl.where(is_past, ids, vocab_size)))
         last = tl.maximum(last, tl.max(tl.where(part > 0, ids, -1)))
         before += tl.sum(part.to(tl.float64))
-    return tl.where(token < vocab_size, token, last)  # rounding can leave the target behind the last id
+    token = tl.where(token < vocab_size, token, last)  # rounding can leave the target behind the last id
+    return tl.where(total > 0, token, -1)
 
 
 @triton.jit
@@ -52,9 +53,8 @@ def _read_row(
     logits, uncond, scratch, scale, temperature, vocab_size,
     IS_GUIDED: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Guided logits over the temperature, their largest and smallest, and how many are NaN or +inf."""
+    """Guided logits over the temperature, their largest and their smallest."""
     largest, smallest = tl.full((), float("-inf"), tl.float32), tl.full((), float("inf"), tl.float32)
-    num_bad = tl.full((), 0, tl.int32)
     x = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
@@ -65,7 +65,6 @@ def _read_row(
             x = tl.where(scale == 1.0, x, without + scale * (x - without))
         if HAS_TEMPERATURE:
             x = tl.div_rn(x, temperature)
-        num_bad += tl.sum((is_id & ((x != x) | (x == float("inf")))).to(tl.int32))
         smallest = tl.minimum(smallest, tl.min(tl.where(is_id, x, float("inf"))))
         x = tl.where(is_id, x, float("-inf"))
         largest = tl.maximum(largest, tl.max(x))
@@ -73,7 +72,7 @@ def _read_row(
             tl.store(scratch + ids, x, mask=is_id)
     if not IS_RESIDENT:
         tl.debug_barrier()
-    return x, largest, smallest, num_bad
+    return x, largest, smallest
 
 
 @triton.jit
@@ -107,14 +106,17 @@ def _kth_largest(
 
 @triton.jit
 def _weigh(x, scratch, largest, bound, vocab_size, BLOCK: tl.constexpr, IS_RESIDENT: tl.constexpr):
-    """Weights of which the largest is 1, 0 for logits below `bound`, and their sum."""
+    """Weights of which the largest is 1, 0 for logits below `bound`, and their sum.
+
+    The sum is NaN where the logits are no distribution: one is NaN, or the largest is infinite.
+    """
     total = tl.full((), 0.0, tl.float64)
     weights = x
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         if not IS_RESIDENT:
             x = tl.load(scratch + ids, mask=ids < vocab_size, other=float("-inf"))
-        weights = tl.where((x >= bound) & (ids < vocab_size), tl.exp(x - largest), 0.0)
+        weights = tl.where((x < bound) | (ids >= vocab_size), 0.0, tl.exp(x - largest))
         total += tl.sum(weights.to(tl.float64))
         if not IS_RESIDENT:
             tl.store(scratch + ids, weights, mask=ids < vocab_size)
@@ -181,7 +183,7 @@ def _sample_kernel(
     scale = guidance_scale
     if HAS_SCALES:
         scale = tl.load(scales + row * stride_scale_row + position * stride_scale_position)
-    x, largest, smallest, num_bad = _read_row(
+    x, largest, smallest = _read_row(
         logits, logits + uncond_offset, scratch, scale, temperature, vocab_size,
         IS_GUIDED, HAS_TEMPERATURE, BLOCK, IS_RESIDENT,
     )  # fmt: skip
@@ -193,8 +195,7 @@ def _sample_kernel(
         mass = tl.full((), 0.0, tl.float64) + top_p_high + top_p_low
         weights = _keep_mass(weights, scratch, total, mass, vocab_size, BLOCK, IS_RESIDENT)
     token = draw_from_row(weights, scratch, tl.load(uniforms + program), vocab_size, BLOCK, IS_RESIDENT)
-    is_law = (num_bad == 0) & (largest > float("-inf"))
-    tl.store(tokens + program, tl.where(is_law, token, -1).to(tl.int64))
+    tl.store(tokens + program, token.to(tl.int64))
 
 
 def triton_sample_tokens(
@@ -281,8 +282,10 @@ def _(logits: Tensor, uniforms: Tensor, *settings: object) -> Tensor:
 
 def launch_sizes(vocab_size: int, largest_block: int) -> tuple[int, int]:
     """Ids in registers at a time, and warps that share them."""
-    block = min(triton.next_power_of_2(vocab_size), largest_block)
-    return block, min(max(block // 1024, 4), 16)
+    block = triton.next_power_of_2(vocab_size)
+    if block > largest_block:
+        block = largest_block // 2  # what waits in memory must not wait in registers as well
+    return block, min(max(block // 512, 4), 16)
 
 
 def split_float64(value: float) -> tuple[float, float]:

@@ -8,7 +8,6 @@ rectified-flow transformer that generates the latents: few tokens fix what the p
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -380,17 +379,19 @@ class FlexTokEncoder(nn.Module):
         return self.to_codes(layer_norm(registers, self.norm_eps))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Registers:
-    """Register tokens of a batch, of which the last one may stand for several equal ones."""
+    """Register tokens of a batch, of which the last one may stand for several equal ones.
+
+    Attributes:
+        mask: what lets the last one count as so many, one for all blocks and steps.
+    """
 
     hidden_states: Tensor  # [b n d]
     num_last: int = 1
 
-    @functools.cached_property
-    def mask(self) -> LastKeyRepeats | None:
-        """What lets the last one count as so many, the same for all blocks and steps."""
-        return LastKeyRepeats(self.num_last) if self.num_last > 1 else None
+    def __post_init__(self) -> None:
+        self.mask = LastKeyRepeats(self.num_last) if self.num_last > 1 else None
 
 
 class Modulations(NamedTuple):
