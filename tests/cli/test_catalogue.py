@@ -65,4 +65,5 @@ def test_doctor_names_versions_devices_and_why_backends_cannot_run(run) -> None:
     facts = json.loads(run("doctor", "--json").stdout)
     assert facts["attention_backends"]["sdpa on cpu"] == "runs"
     assert "needs CUDA tensors, got cpu" in facts["attention_backends"]["xformers on cpu"]
+    assert "kernels" in facts["attention_backends"]["flash_hub on cpu"]  # in the words of diffusers
     assert "cpu" in facts["devices"] and "npm" in facts["programs"] and "gradio" in facts["optional_packages"]

@@ -20,6 +20,7 @@ from vistok.models.generators.llamagen import LlamaGenClass, LlamaGenText
 from vistok.models.generators.nar import NARClass
 from vistok.models.generators.text_ar import TextAR
 from vistok.models.generators.text_features import TextFeatures
+
 GRID = {
     "codebook_size": 24,
     "num_tokens": 16,

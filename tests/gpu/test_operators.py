@@ -99,7 +99,9 @@ def test_replayed_decode_attention(
 @torch.no_grad()
 def test_decode_attention_does_not_make_the_host_wait(device: torch.device) -> None:
     cache = Cache(torch.float32, device)
-    backend = "auto" if device.type == "cuda" else "reference"  # "torch" looks at lengths where that costs nothing
+    backend = (
+        "auto" if device.type == "cuda" else "reference"
+    )  # "torch" looks at lengths where that costs nothing
     cache.attend(backend=backend)  # compiles
     with never_waits(device):
         cache.attend(backend=backend)

@@ -40,9 +40,7 @@ def test_heads_that_a_kernel_does_not_cover_go_to_the_next_with_one_line(monkeyp
         for _ in range(3):
             torch.testing.assert_close(attention(q, k, v), attention(q, k, v, backend="reference"))
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == [
-        "attention backend: sdpa (triton covers heads of up to 128 channels, got 160)"
-    ]
+    assert messages == ["attention backend: sdpa (triton covers heads of up to 128 channels, got 160)"]
     with pytest.raises(ValueError, match="'triton' cannot run: covers heads of up to 128 channels, got 160"):
         attention(q, k, v, backend="triton")
 
@@ -51,9 +49,7 @@ def test_auto_takes_the_first_without_objections(monkeypatch):
     taken = []
     monkeypatch.setattr(dispatch, "_preferences", lambda *_: ("xformers", "triton", "sdpa"))
     compute = type(BACKENDS["triton"]).__call__
-    monkeypatch.setattr(
-        type(BACKENDS["triton"]), "__call__", lambda *args: taken.append(1) or compute(*args)
-    )
+    monkeypatch.setattr(type(BACKENDS["triton"]), "__call__", lambda *args: taken.append(1) or compute(*args))
     attention(*inputs(3, 5))  # xformers needs CUDA
     assert taken
 

@@ -70,7 +70,10 @@ class StandIn:
         if isinstance(attn_bias, Blocks):
             assert len(q) == 1
         if isinstance(attn_bias, Tensor):
-            assert attn_bias.dtype == q.dtype and attn_bias.shape == (*q.transpose(1, 2).shape[:3], k.shape[1])
+            assert attn_bias.dtype == q.dtype and attn_bias.shape == (
+                *q.transpose(1, 2).shape[:3],
+                k.shape[1],
+            )
             assert attn_bias.stride(-1) == 1 and all(stride % 8 == 0 for stride in attn_bias.stride()[:-1])
         elif attn_bias is not None:
             attn_bias = attn_bias.materialize((q.shape[1], k.shape[1])).to(q.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -81,29 +82,26 @@ def diagnose() -> dict[str, dict[str, Any]]:
 
 
 def attention_backends() -> dict[str, str]:
-    """For each backend and device, `"runs"` or why a plain call cannot, in the two precisions people use."""
+    """For each backend and device, `"runs"` or why a plain call cannot, in single and half precision."""
+    from vistok.kernels.attention.backends import BACKENDS
+
     return {
-        f"{name} on {device}": _why_not(name, device) for device in available_devices() for name in _backends()
+        f"{name} on {device}": _why_not(backend.objections, device)
+        for device in available_devices()
+        for name, backend in BACKENDS.items()
     }
 
 
-def _backends() -> dict[str, Any]:
-    from vistok.kernels.attention.backends import BACKENDS
-
-    return BACKENDS
-
-
-def _why_not(name: str, device: str) -> str:
-    """The objections to attention without a mask, in one line; by precision where they differ."""
+def _why_not(objections: Callable[..., list[str]], device: str) -> str:
+    """What a backend says to heads of 64 channels and no mask; by precision where that differs."""
     import torch
 
     found = {}
     for dtype in (torch.float32, torch.float16):
         q = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
-        found[str(dtype).removeprefix("torch.")] = "; ".join(_backends()[name].objections(q, q, q, None)) or "runs"
-    if len(set(found.values())) == 1:
-        return found["float32"]
-    return "; ".join(f"{dtype}: {what}" for dtype, what in found.items())
+        found[f"{dtype}"] = "; ".join(objections(q, q, q, None)) or "runs"
+    single, half = found.values()
+    return single if single == half else ", ".join(f"{dtype}: {said}" for dtype, said in found.items())
 
 
 def _version(package: str) -> str | None:

@@ -67,11 +67,11 @@ class PlainGrid:
 
     def __init__(self, model: GridTransformer) -> None:
         self.model = model
-        self.plan = model.order.plan()
+        self.blocks: list[Any] = [*model.blocks]
 
     def begin(self, condition: Any) -> Tensor:
         model = self.model
-        self.kept, self.step, self.rope = Kept(len(model.blocks)), 0, model.rope()
+        self.kept, self.step, self.rope = Kept(len(self.blocks)), 0, model.rope()
         prefix, self.keep = model.prefix(condition)  # [r p d]
         mask = torch.ones(prefix.shape[1], prefix.shape[1], dtype=torch.bool, device=prefix.device).tril()
         if self.keep is not None:
@@ -93,7 +93,7 @@ class PlainGrid:
         first, options = self.kept.length, self.model.options
         cos, sin = (factors[first : first + hidden_states.shape[1]] for factors in self.rope)
         before = hidden_states
-        for i, block in enumerate(self.model.blocks):
+        for i, block in enumerate(self.blocks):
             before, heads = hidden_states, (options.num_heads, options.kv_heads, options.kv_heads)
             qkv = rearrange(block.attn.qkv(block.norm1(before)), "b n (h d) -> b h n d", h=sum(heads))
             q, k, v = qkv.split(heads, dim=1)
@@ -122,10 +122,11 @@ class PlainTextAR:
 
     def __init__(self, model: TextAR) -> None:
         self.model = model
+        self.blocks: list[Any] = [*model.blocks]
 
     def begin(self, condition: Tensor) -> Tensor:
         model = self.model
-        self.kept, self.num_fed = Kept(len(model.blocks)), 0
+        self.kept, self.num_fed = Kept(len(self.blocks)), 0
         text, self.summary = model.text_encoder(condition)
         start = self._embed(model.start_embed.expand(len(text), -1, -1))
         hidden_states = torch.cat([text, start], dim=1)  # [r t+1 d]
@@ -142,7 +143,7 @@ class PlainTextAR:
         return (embedded + model.position_embed[:, self.num_fed, None]) * model.embed_scale + self.summary
 
     def _blocks(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-        for i, block in enumerate(self.model.blocks):
+        for i, block in enumerate(self.blocks):
             hidden_states = hidden_states + _attend(
                 self.kept, i, block.attn, block.norm1(hidden_states), mask
             )
@@ -156,10 +157,11 @@ class PlainFlexAR:
 
     def __init__(self, model: FlexAR) -> None:
         self.model = model
+        self.blocks: list[Any] = [*model.blocks]
 
     def begin(self, condition: Any) -> Tensor:
         model = self.model
-        self.kept, self.num_fed = Kept(len(model.blocks)), 0
+        self.kept, self.num_fed = Kept(len(self.blocks)), 0
         start = (model.start_embed + model.position_embed[:1]).expand(len(condition), -1, -1)  # [r 1 d]
         self.text: Any = None
         if isinstance(model, FlexARText):
@@ -174,7 +176,7 @@ class PlainFlexAR:
         return self._blocks(self.model.token_embed(indices) + self.model.position_embed[self.num_fed])
 
     def _blocks(self, hidden_states: Tensor) -> Tensor:
-        for i, block in enumerate(self.model.blocks):
+        for i, block in enumerate(self.blocks):
             hidden_states = hidden_states + _attend(
                 self.kept, i, block.attn, block.norm1(hidden_states), None
             )

@@ -128,5 +128,5 @@ class Bench:
         return median_seconds([call], 1, self.device)[0]
 
     def _floor(self, size: int, share: int) -> float:
-        passes: list[Pass] = self.subject.passes(size, share)
+        passes = self.subject.passes(size, share)
         return floor_seconds(passes, self.rates, self.dtype)

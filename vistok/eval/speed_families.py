@@ -70,6 +70,7 @@ def _shipped() -> Subject:
 
 
 def _masked(preset: str, num_steps: int, guidance: GuidanceSchedule) -> Subject:
+    model_class: Any
     model_class, sizes = maskgit.PRESETS[preset]
     return MaskedSubject(_random(model_class(**sizes)), num_steps, guidance)
 

@@ -309,7 +309,7 @@ class TokenizerSubject:
         self.num_tokens = num_tokens or model.num_tokens
         self._counted: dict[int, int] = {}  # share -> operations, of the first type that is asked for
         is_drawn = isinstance(model, FlexTok)
-        self.shares = (1, 2, 5, 10) if is_drawn else (1,)
+        self.shares: tuple[int, ...] = (1, 2, 5, 10) if is_drawn else (1,)
         steps = f" in {FLEXTOK_STEPS} steps, guidance {FLEXTOK_GUIDANCE:g}" if is_drawn else ""
         self.protocol = f"decode {self.num_tokens} tokens{steps}"
 

@@ -286,7 +286,7 @@ def count_flops(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def modules_called(model: nn.Module, call: Callable[[], Any]) -> list[nn.Module]:
+def modules_called(model: Any, call: Callable[[], Any]) -> list[nn.Module]:
     """The modules that a call goes through, each once, without the tables of embeddings."""
     called: dict[int, nn.Module] = {}
     hooks = [

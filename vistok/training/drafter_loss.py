@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vistok.kernels.attention import AttentionMask
 from vistok.models.drafters.eagle import EagleDrafter
-from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.layer_cache import LayerCache
 
 
 @dataclass(frozen=True)

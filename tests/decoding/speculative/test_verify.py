@@ -111,7 +111,7 @@ def test_a_greedy_lantern_takes_the_longest_path(ties, expected):
     target[:, 3:, 6] = 0.9
     rule = LanternGreedyRule(table, 1, 1.0, ties)
     verified = verify(tree, target / target.sum(dim=2, keepdim=True), rule, torch.zeros(1, 5))
-    assert verified.path.tolist() == [expected] and verified.num_accepted.tolist() == [2]
+    assert verified.path.tolist() == [[*expected, -1]] and verified.num_accepted.tolist() == [2]
     assert verified.extra[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 0]
     shallow = torch.tensor([[True, True, True, False, True, False]])  # now only one path is two deep
     cut = verify(DraftTree(TOKENS, parents, shallow), target, rule, torch.zeros(1, 5))

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.layer_cache import LayerCache
 
 
 def make(length: int = 4) -> KVCache:

@@ -174,18 +174,19 @@ class SequentialRule(JudgingRule):
 
         A child that the draft cannot have drawn is passed over, but counts as tried.
         """
-        remaining, rest, chances = proposals.draft, target, []
+        draft, rest, chances = proposals.draft, target, []
         are_tried = proposals.are_tried()
         for tokens, is_tried in zip(proposals.tokens.T[..., None], are_tried.T[..., None], strict=True):
-            draft = None if remaining is None else remaining / _positive(remaining.sum(dim=1, keepdim=True))
             likelihood = torch.ones_like(target[:, :1]) if draft is None else draft.gather(1, tokens)
             is_possible = is_tried & (likelihood > 0)  # [b 1]
             chance = self.probability(rest, tokens) / _positive(likelihood)
             chances.append(torch.where(is_possible, chance.clamp_max(1), 0.0))
             residual = self.normalise(self.residual(rest, draft, tokens), rest)
             rest = torch.where(is_possible, residual, rest)
-            if remaining is not None and not proposals.with_replacement:
-                remaining = torch.where(is_tried, remaining.scatter(1, tokens, 0.0), remaining)
+            if draft is not None and not proposals.with_replacement and len(chances) < are_tried.shape[1]:
+                left = draft.scatter(1, tokens, 0.0)
+                left = left / _positive(left.sum(dim=1, keepdim=True))
+                draft = torch.where(is_tried, left, draft)
         empty = target[:, :0]
         return Judgement(are_tried, torch.cat([empty, *chances], dim=1), rest)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vistok.decoding.speculative.tree import DraftTree
+from vistok.decoding.speculative.tree import DraftTree, TreeBounds
 from vistok.decoding.speculative.tree_drafting import Expand, draw_without_replacement, first_level
 from vistok.decoding.streams import UniformSource
 
@@ -161,7 +161,7 @@ class ChainDrafting:
             tokens.append(token[:, 0])
             exists.append(goes_on & is_there[:, 0])
             goes_on = exists[-1] & self.length.goes_on(num_drafted, laws[-1], self.rate)
-            if num_drafted == self.length.longest or not bool(goes_on.any()):
+            if num_drafted == self.length.longest or self._is_over(goes_on):
                 break
             level = first_level(token) if level is None else level.below(token, torch.zeros_like(token))
             laws.append(expand(level)[:, 0])
@@ -173,11 +173,17 @@ class ChainDrafting:
             return best, torch.ones_like(best, dtype=torch.bool)
         return draw_without_replacement(law, uniforms)
 
+    def _is_over(self, goes_on: Tensor) -> bool:
+        """Whether no row goes on; only where a policy can stop early does the host wait to hear of it."""
+        return not isinstance(self.length, FixedLength) and not bool(goes_on.any())
+
     def _as_tree(self, tokens: Tensor, exists: Tensor, laws: list[Tensor]) -> DraftTree:
         parents = torch.arange(-1, tokens.shape[1] - 1, device=tokens.device).expand_as(tokens)
+        bounds = TreeBounds.chain(tokens.shape[1] - 1)
         if self.takes_best:
-            return DraftTree(tokens, parents, exists)
-        return DraftTree(tokens, parents, exists, torch.stack([*laws, torch.zeros_like(laws[0])], dim=1))
+            return DraftTree(tokens, parents, exists, bounds=bounds)
+        draft_probs = torch.stack([*laws, torch.zeros_like(laws[0])], dim=1)
+        return DraftTree(tokens, parents, exists, draft_probs, bounds)
 
 
 def _check_longest(longest: int) -> None:

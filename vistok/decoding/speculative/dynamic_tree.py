@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vistok.decoding.speculative.tree import DraftTree
+from vistok.decoding.speculative.tree import DraftTree, TreeBounds
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ def select_tree(known: Candidates, roots: Tensor, params: DynamicTreeParams) -> 
         tokens=torch.cat([roots[:, None], tokens * exists], dim=1),
         parents=torch.cat([-root, parents * exists], dim=1),
         exists=torch.cat([root.bool(), exists], dim=1),
+        bounds=TreeBounds(params.depth + 1, params.top_k),
     )
 
 

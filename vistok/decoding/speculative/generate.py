@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule
-from vistok.decoding.ordered import StepCallback, check_num_tokens
+from vistok.decoding.ordered import StepCallback, check_drawn, check_num_tokens
 from vistok.decoding.sampling import SamplingParams, draw, token_probabilities
 from vistok.decoding.speculative.accept import AcceptRule, Proposals
 from vistok.decoding.speculative.drafter import Drafter, DraftSession, DraftStart, Outcome
@@ -24,6 +24,7 @@ from vistok.decoding.speculative.tree import DraftTree
 from vistok.decoding.speculative.verify import verify
 from vistok.decoding.streams import UniformSource
 from vistok.kernels.attention import TreeMask
+from vistok.kernels.verification import verify_chain
 from vistok.models.generators.base import (
     Condition,
     NextTokenGenerator,
@@ -32,6 +33,7 @@ from vistok.models.generators.base import (
     join_conditions,
 )
 from vistok.models.layers.kv_cache import KVCache
+from vistok.order import RasterOrder
 from vistok.tokens import Tokens
 
 
@@ -104,7 +106,8 @@ def generate_speculative(
 
     Raises:
         ValueError: the model is no next-token generator, the drafter is not one for it or does not keep to its own
-            `max_nodes`, the rule is greedy and the sampling is not, `num_tokens` is out of range or not one per image.
+            `max_nodes`, the rule is greedy and the sampling is not, `num_tokens` is out of range or not one per image;
+            there is no image to draw; the logits of a token are no distribution.
     """
     if not isinstance(model, NextTokenGenerator):
         raise ValueError(
@@ -117,7 +120,7 @@ def generate_speculative(
         rule or StrictRule(),
     )
     _check_greedy(judge, sampling)
-    lengths = check_num_tokens(num_tokens, len(condition), model.num_tokens).to(model.device)
+    lengths = check_num_tokens(num_tokens, len(condition), model.num_tokens)
     is_guided = guidance.scale != 1.0
     rows = condition
     if is_guided:
@@ -130,12 +133,12 @@ def generate_speculative(
     cache.split_rows()
     scales = torch.tensor([guidance.at(p, most) for p in range(most)], device=model.device)
     start = DraftStart(model, rows, reading, scales, sampling, is_guided, len(condition))
-    loop = _Loop(start, cache, drafter.begin(start), judge, lengths)
+    loop = _Loop(start, cache, drafter.begin(start), judge, lengths.to(model.device))
     loop.draw_first(streams)
     while True:
         if on_step is not None:
             on_step(loop.last_position, loop.indices.clone())
-        if not bool(loop.is_open.any()):
+        if loop.is_done():
             break
         loop.advance(streams)
     return loop.result()
@@ -156,12 +159,23 @@ class _Loop:
         self.session, self.rule, self.lengths = session, rule, lengths
         # This rule weighs neighbours against each other, of which top_k=1 would leave none.
         self.sampling = SamplingParams() if isinstance(rule, LanternGreedyRule) else start.sampling
-        shape = (start.batch_size, start.num_tokens)
-        self.indices = torch.zeros(shape, dtype=torch.int64, device=lengths.device)
+        # What is drawn beyond the end of an image is written to a column behind them.
+        room = (start.batch_size, start.num_tokens + 1)
+        self.written = torch.zeros(room, dtype=torch.int64, device=lengths.device)
         self.roots = torch.zeros_like(lengths)
         self.num_committed = torch.zeros_like(lengths)
         self.row_passes = torch.zeros_like(lengths)
         self.num_passes = 0
+        self.most_drawn = 1  # tokens that an image can have by now, as far as the host knows
+
+    @property
+    def indices(self) -> Tensor:
+        """`[b n]`, zeros where nothing is drawn yet; -1 where that failed."""
+        return self.written[:, :-1]
+
+    def is_done(self) -> bool:
+        """Whether all images are. The host asks the device only after as many passes as can be enough."""
+        return self.most_drawn >= self.start.num_tokens and not bool(self.is_open.any())
 
     @property
     def is_open(self) -> Tensor:
@@ -179,8 +193,9 @@ class _Loop:
         logits = self.start.guide(self.start.reading.logits, self.num_committed[:, None])[:, 0]
         target = token_probabilities(logits, self.sampling)
         nothing = Proposals(self.indices[:, :0], self.indices[:, :0].bool())
-        self.roots = draw(self.rule.decide(target, nothing, target[:, :0]).leftover, streams.uniform(1)[:, 0])
-        self.indices[:, 0] = self.roots
+        drawn = draw(self.rule.decide(target, nothing, target[:, :0]).leftover, streams.uniform(1)[:, 0])
+        self.written[:, 0] = drawn
+        self.roots = drawn.clamp_min(0)
 
     def advance(self, streams: UniformSource) -> None:
         """Draft, verify, commit."""
@@ -188,21 +203,39 @@ class _Loop:
         reading = self._read(tree)
         positions = self.num_committed[:, None] + 1 + tree.depths  # of what follows each node
         logits = self.start.guide(reading.logits, positions)
-        uniforms = streams.uniform(self.session.max_nodes)
+        uniforms = torch.cat([streams.uniform(self.session.max_nodes), streams.uniform(1)], dim=1)
+        uniforms = uniforms.to(self.roots.device, non_blocking=True)
         probs = token_probabilities(logits, self.start.sampling)
         judged = probs if self.sampling == self.start.sampling else token_probabilities(logits, self.sampling)
-        verified = verify(tree, judged, self.rule, uniforms)
-        drawn = draw(verified.extra, streams.uniform(1)[:, 0])
+        path, num_accepted, drawn = self._verify(tree, judged, uniforms)
         # Images that are done stay as they are, so that their neighbours can go on.
-        counts = (verified.num_accepted + 1) * self.is_open
-        path = verified.path.masked_fill(~self.is_open[:, None], -1)
-        new_roots = torch.where(self.is_open, drawn, self.roots)
+        counts = (num_accepted + 1) * self.is_open
+        path = path.masked_fill(~self.is_open[:, None], -1)
         self.cache.commit(self.start.rows(path), self.start.rows(counts))
-        self._write(tree, path, new_roots, counts)
+        self._write(tree, path, drawn, counts)
+        # A token that could not be drawn is known by its -1; the model reads another, so that the loop goes on.
+        new_roots = torch.where(self.is_open, drawn.clamp_min(0), self.roots)
         self.row_passes += self.is_open
         self.num_passes += 1
+        self.most_drawn += tree.limits.max_depth + 1
         self.num_committed, self.roots = self.num_committed + counts, new_roots
         self.session.commit(Outcome(tree, reading, logits, probs, path, counts, new_roots))
+
+    def _verify(self, tree: DraftTree, target: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The path that is kept, filled up with -1, the number of accepted nodes, and the token drawn behind them."""
+        count = tree.tokens.shape[1] - 1
+        if type(self.rule) is not StrictRule or not tree.limits.is_chain:
+            verified = verify(tree, target, self.rule, uniforms[:, :-1])
+            return verified.path, verified.num_accepted, draw(verified.extra, uniforms[:, -1])
+        num_accepted, drawn = verify_chain(
+            tree.tokens[:, 1:],
+            tree.draft_probs,
+            target,
+            torch.cat([uniforms[:, :count], uniforms[:, -1:]], dim=1),
+            num_drafted=tree.exists.sum(dim=1) - 1,
+        )
+        nodes = torch.arange(count + 1, device=drawn.device)
+        return torch.where(nodes <= num_accepted[:, None], nodes, -1), num_accepted, drawn
 
     def _draft(self, streams: UniformSource) -> DraftTree:
         """The drafter's tree as far as the image goes.
@@ -216,7 +249,7 @@ class _Loop:
             raise ValueError(
                 f"the drafter gave a tree of {tree.tokens.shape[1] - 1} nodes and promised {most}"
             )
-        if not torch.equal(tree.tokens[:, 0], self.roots):
+        if tree.bounds is None and not torch.equal(tree.tokens[:, 0], self.roots):
             raise ValueError(
                 "the root of a draft tree is the token that was drawn last; the drafter gave another"
             )
@@ -240,12 +273,12 @@ class _Loop:
         ranks = torch.arange(tokens.shape[1], device=tokens.device)
         places = self.num_committed[:, None] + 1 + ranks
         is_new = (ranks < counts[:, None]) & (places < self.lengths[:, None])
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(places)
-        self.indices[rows[is_new], places[is_new]] = tokens[is_new]
+        self.written.scatter_(1, torch.where(is_new, places, self.start.num_tokens), tokens)
 
     def result(self) -> Speculation:
         """Of a batch of which no image is open."""
         model = self.model
+        check_drawn(self.indices, RasterOrder(self.start.num_tokens))
         tokens = Tokens(indices=self.indices, codebook_size=model.codebook_size, layout=model.layout)
         statistics = SpeculationStatistics(
             self.lengths - 1, self.row_passes, self.num_passes, self.session.num_passes

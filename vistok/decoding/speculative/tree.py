@@ -13,6 +13,26 @@ Path = tuple[int, ...]  # child ranks from the root down: (0, 2) is the third ch
 
 
 @dataclass(frozen=True)
+class TreeBounds:
+    """What holds for a tree whatever its tensors say, so that the host needs not look at them.
+
+    Args:
+        max_depth: no node is deeper below the root.
+        max_children: no node has more children.
+        is_chain: every node follows the one before it, and none is missing in between.
+    """
+
+    max_depth: int
+    max_children: int
+    is_chain: bool = False
+
+    @classmethod
+    def chain(cls, num_tokens: int) -> TreeBounds:
+        """Of a chain of up to `num_tokens`."""
+        return cls(num_tokens, min(num_tokens, 1), is_chain=True)
+
+
+@dataclass(frozen=True)
 class TreeShape:
     """A tree without tokens, of the same form in every row. Node 0 is the root, node i is at `paths[i - 1]`.
 
@@ -79,6 +99,13 @@ class TreeShape:
         """Of the deepest node; the root's is 0."""
         return len(self.paths[-1]) if self.paths else 0
 
+    @property
+    def bounds(self) -> TreeBounds:
+        """Of trees of this shape."""
+        if self.depth == self.num_nodes - 1:
+            return TreeBounds.chain(self.depth)
+        return TreeBounds(self.depth, max(self.num_children))
+
     @cached_property
     def parents(self) -> tuple[int, ...]:
         """Of every node, -1 for the root."""
@@ -142,19 +169,26 @@ class DraftTree:
         exists: `[b t]`; False is padding, of rows with smaller trees.
         draft_probs: `[b t v]` float32, what the children of every node were drawn from, without replacement,
             in sibling order. `None`: the proposals are a deterministic function of the prefix.
+        bounds: given by who built the tree and vouches for it; it is then not looked at, as that takes the host to wait
+            for the device. `None`: the tree is checked.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit, a root that is missing or not the only one, a
-            parent that comes after its child, a node that exists below one that does not.
+        ValueError: shapes, types or devices that do not fit; of a tree that is checked, a root that is missing or not
+            the only one, a parent that comes after its child, a node that exists below one that does not.
     """
 
     tokens: Tensor
     parents: Tensor
     exists: Tensor
     draft_probs: Tensor | None = None
+    bounds: TreeBounds | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
+        if self.bounds is None:
+            self._check_values()
+
+    def _check_values(self) -> None:
         parents, exists = self.parents, self.exists
         node_ids = torch.arange(parents.shape[1], device=parents.device)
         above = exists.gather(1, parents.clamp(0, parents.shape[1] - 1))  # [b t]: whether the parent exists
@@ -207,11 +241,20 @@ class DraftTree:
         return self.ancestors.sum(dim=2) - 1
 
     @cached_property
-    def max_children(self) -> int:
-        """The most siblings of any node in any row."""
+    def limits(self) -> TreeBounds:
+        """Its bounds; those of a tree that came without are looked up, which makes the host wait."""
+        if self.bounds is not None:
+            return self.bounds
         counts = torch.zeros_like(self.parents)
         counts.scatter_add_(1, self.parents[:, 1:], self.exists[:, 1:].long())
-        return int(counts.max())
+        depths = self.depths.masked_fill(~self.exists, 0)
+        max_depth, max_children = torch.stack([depths.max(), counts.max()]).tolist()
+        return TreeBounds(max_depth, max_children)
+
+    @property
+    def max_children(self) -> int:
+        """No node has more children in any row."""
+        return self.limits.max_children
 
     def children(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """The children of one node per row, in visiting order.

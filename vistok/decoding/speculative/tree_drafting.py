@@ -212,7 +212,7 @@ def grow_static(
             exists[:, ids.start : ids.stop] = there[:, place, : len(ids)] & exists[:, [node]]
         above = inner
     parents = torch.tensor(shape.parents, device=device).expand_as(tokens)
-    return DraftTree(tokens * exists, parents, exists, draft_probs)
+    return DraftTree(tokens * exists, parents, exists, draft_probs, shape.bounds)
 
 
 def _level_of(

@@ -17,7 +17,7 @@ class Verified:
     """Which nodes of a tree are kept.
 
     Args:
-        path: `[b d]` int64 node ids from the root down, filled up with -1.
+        path: `[b d]` int64 node ids from the root down, filled up with -1; d is 1 + the tree's greatest depth.
         num_accepted: `[b]` int64, nodes of the path below the root.
         extra: `[b v]`, what the token after the path is drawn from.
     """
@@ -58,11 +58,14 @@ def _walk(tree: DraftTree, target: Tensor, rule: AcceptRule, uniforms: Tensor) -
     rows = torch.arange(len(target), device=target.device)
     node = torch.zeros_like(rows)
     is_walking = torch.ones_like(rows, dtype=torch.bool)
+    max_depth = tree.limits.max_depth
     num_used = torch.zeros_like(rows)
     path, extra = [node], target.new_zeros(target[:, 0].shape)
-    while True:
+    for depth in range(max_depth + 1):
         at = node.clamp_min(0)
         children, exists = tree.children(node)  # [b k] each
+        if depth == max_depth:  # there are none
+            children, exists = children[:, :0], exists[:, :0]
         draft = None if tree.draft_probs is None else tree.draft_probs[rows, at]
         proposals = Proposals(tree.tokens.gather(1, children), exists, draft)
         ranks = num_used[:, None] + torch.arange(children.shape[1], device=target.device)
@@ -71,7 +74,7 @@ def _walk(tree: DraftTree, target: Tensor, rule: AcceptRule, uniforms: Tensor) -
         extra = torch.where((is_walking & ~is_accepted)[:, None], decision.leftover, extra)
         num_used = num_used + decision.num_tried
         is_walking = is_accepted
-        if not bool(is_walking.any()):
+        if depth == max_depth:
             break
         chosen = children.gather(1, decision.child.clamp_min(0)[:, None])[:, 0]
         node = chosen.masked_fill(~is_walking, -1)
@@ -103,7 +106,7 @@ def _longest_path(tree: DraftTree, target: Tensor, rule: LanternGreedyRule) -> V
     rows = torch.arange(len(last), device=last.device)
     is_on_path = tree.ancestors[rows, last]  # [b t]
     num_nodes = is_on_path.sum(dim=1)
-    nodes = (~is_on_path).long().argsort(dim=1, stable=True)[:, : int(num_nodes.max())]
+    nodes = (~is_on_path).long().argsort(dim=1, stable=True)[:, : tree.limits.max_depth + 1]
     path = nodes.masked_fill(~is_on_path.gather(1, nodes), -1)
     best = target[rows, last].argmax(dim=1, keepdim=True)
     extra = torch.zeros_like(target[:, 0]).scatter(1, best, 1.0)

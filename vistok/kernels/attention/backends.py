@@ -72,14 +72,12 @@ def _triton_objections(device_type: str) -> list[str]:
     return triton_objections(torch.device(device_type))
 
 
-BACKENDS: dict[str, AttentionBackend] = {
-    backend.name: backend
-    for backend in (
-        SdpaBackend(),
-        XFormersBackend(),
-        FlexBackend(),
-        TritonBackend(),
-        ReferenceBackend(),
-        *map(DiffusersBackend, DIFFERENTIABLE + INFERENCE_ONLY),
-    )
-}
+_ALL: tuple[AttentionBackend, ...] = (
+    SdpaBackend(),
+    XFormersBackend(),
+    FlexBackend(),
+    TritonBackend(),
+    ReferenceBackend(),
+    *(DiffusersBackend(name) for name in DIFFERENTIABLE + INFERENCE_ONLY),
+)
+BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in _ALL}

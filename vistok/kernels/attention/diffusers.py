@@ -52,13 +52,17 @@ class DiffusersBackend:
         if not (mask is None or isinstance(mask, CausalMask)):
             reasons.append(f"takes no {type(mask).__name__}")
         elif isinstance(mask, CausalMask) and q.shape[-2] not in (1, k.shape[-2]):
-            reasons.append(f"takes a causal mask of as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}")
+            reasons.append(
+                f"takes a causal mask of as many queries as keys, got {q.shape[-2]} and {k.shape[-2]}"
+            )
         if self.name in INFERENCE_ONLY and needs_gradients(q, k, v):
             reasons.append("has no gradient")
         if self.name not in {backend.value for backend in theirs.AttentionBackendName}:
             return [*reasons, "this version of diffusers has no such backend"]
         backend = theirs.AttentionBackendName(self.name)
-        checks: list[Callable[..., None]] = [lambda **_: theirs._check_attention_backend_requirements(backend)]
+        checks: list[Callable[..., None]] = [
+            lambda **_: theirs._check_attention_backend_requirements(backend)
+        ]
         if self.name != "_native_math" and q.device.type != "cuda":
             reasons.append(f"needs CUDA tensors, got {q.device.type}")
         else:

@@ -51,9 +51,7 @@ class FlexBackend:
         return compute(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **forms)
 
 
-def make_block_mask(
-    mask: AttentionMask, num_queries: int, num_keys: int, device: torch.device
-) -> BlockMask:
+def make_block_mask(mask: AttentionMask, num_queries: int, num_keys: int, device: torch.device) -> BlockMask:
     """FlexAttention's form of a boolean mask; a batch axis only where the mask has one. Made once per mask and device.
 
     Raises:

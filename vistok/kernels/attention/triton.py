@@ -41,7 +41,9 @@ def _dot(left, right, WIDENS: tl.constexpr):
 
 
 @triton.jit
-def _store(base, rows, values, stride_row, stride_dim, num_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store(
+    base, rows, values, stride_row, stride_dim, num_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
     dims = tl.arange(0, BLOCK_D)
     inside = (rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :]
     places = base + rows[:, None] * stride_row + dims[None, :] * stride_dim
@@ -142,7 +144,8 @@ def _forward(
 
     result = result / tl.where(total == 0.0, 1.0, total)[:, None]
     _store(out_ptr + b * o_b + h * o_h, rows, result, o_n, o_d, num_queries, HEAD_DIM, BLOCK_D)
-    lse = tl.where(total == 0.0, float("inf"), highest + tl.log2(total))  # weights of an empty row are 2 ** -inf
+    # The backward pass then finds weights of 2 ** -inf in an empty row.
+    lse = tl.where(total == 0.0, float("inf"), highest + tl.log2(total))
     tl.store(lse_ptr + stream.to(tl.int64) * num_queries + rows, lse, mask=rows < num_queries)
 
 
@@ -316,7 +319,7 @@ def _options(q: Tensor, spans: Tensor | None, dense: Tensor | None, is_causal: b
         "SPANS": spans is not None,
         "DENSE": kind,
         "WIDENS": q.dtype == torch.bfloat16 and is_interpreting(),
-        "num_warps": 4,
+        "num_warps": 8 if block_d * q.element_size() > 128 else 4,  # or registers spill, says ptxas
         "num_stages": 2,
     }
 
@@ -328,8 +331,9 @@ def _num_tiles(x: Tensor, block: int) -> int:
 
 def _sizes(q: Tensor, k: Tensor, spans: Tensor | None, dense: Tensor | None, scale: float) -> tuple[Any, ...]:
     """The arguments that all kernels share; queries stand in for tensors that are not read."""
-    heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    return q if spans is None else spans, q if dense is None else dense, scale, heads, group, q.shape[2], k.shape[2]
+    heads, kv_heads = q.shape[1], k.shape[1]
+    tensors = q if spans is None else spans, q if dense is None else dense
+    return *tensors, scale, heads, heads // kv_heads, q.shape[2], k.shape[2]
 
 
 def _strides(q: Tensor, dense: Tensor | None) -> tuple[int, ...]:

@@ -31,7 +31,9 @@ class XFormersBackend:
             reasons.append(f"needs one of float32, float16, bfloat16, got {q.dtype}, {k.dtype} and {v.dtype}")
         multiple = 8 if q.dtype in HALF else 4
         if q.shape[-1] % multiple:
-            reasons.append(f"needs heads of a multiple of {multiple} channels, got {q.shape[-1]} of {q.dtype}")
+            reasons.append(
+                f"needs heads of a multiple of {multiple} channels, got {q.shape[-1]} of {q.dtype}"
+            )
         if isinstance(mask, PackedMask) and len(q) != 1:
             reasons.append(f"takes one packed row, got {len(q)}")
         if q.device.type == "cuda" and (q.dtype == torch.float32 or _is_dense(q, k, v, mask)):

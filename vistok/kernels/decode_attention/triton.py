@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vistok.kernels.rotation import Rotation
+from vistok.kernels.triton_support import is_interpreting
 
 MOST_PARTS = 32
 KEYS_PER_PART = 256  # fewer are read sooner than a second kernel starts
@@ -39,10 +40,19 @@ def _load_block(source, offsets, is_row, cos, sin, angles, head_dim, BLOCK_D: tl
 
 
 @triton.jit
-def _attend_tile(total, largest, weighted, q, k, v, is_seen, scale, USES_DOT: tl.constexpr):
+def _product(left, right, WIDENS: tl.constexpr):
+    if WIDENS:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, input_precision="tf32x3")  # of float32; as exact as float32 itself
+
+
+@triton.jit
+def _attend_tile(
+    total, largest, weighted, q, k, v, is_seen, scale, USES_DOT: tl.constexpr, WIDENS: tl.constexpr
+):
     """One step of the online softmax: sums over the weights and the weighted values so far, relative to `largest`."""
     if USES_DOT:
-        logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [m n]
+        logits = _product(q, tl.trans(k), WIDENS)  # [m n]
     else:
         logits = tl.sum(q.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], axis=2)
     logits = tl.where(is_seen, logits * scale, float("-inf"))
@@ -52,7 +62,7 @@ def _attend_tile(total, largest, weighted, q, k, v, is_seen, scale, USES_DOT: tl
     shrink = tl.exp2(largest - shift)
     total = total * shrink + tl.sum(weights, axis=1)
     if USES_DOT:
-        added = tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")  # [m d]
+        added = _product(weights.to(v.dtype), v, WIDENS)  # [m d]
     else:
         added = tl.sum(weights[:, :, None] * v.to(tl.float32)[None, :, :], axis=1)
     return total, new_largest, weighted * shrink[:, None] + added
@@ -65,7 +75,8 @@ def _attend_kernel(
     keys_row, keys_head, keys_position, values_row, values_head, values_position,
     lengths_row, ancestors_row, ancestors_query, ancestors_new, angles_row, angles_new, keep_row, keep_position,
     num_rows, num_new, max_length, head_dim,
-    NUM_KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_PARTS: tl.constexpr, USES_DOT: tl.constexpr,
+    NUM_KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_PARTS: tl.constexpr,
+    USES_DOT: tl.constexpr, WIDENS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (row and key head, tile of queries, part of the stored positions); the last part takes the new ones.
@@ -110,7 +121,7 @@ def _attend_kernel(
         old_keys = tl.load(key_tile + key_offsets, mask=mask, other=0.0)
         old_values = tl.load(value_tile + value_offsets, mask=mask, other=0.0)
         total, largest, weighted = _attend_tile(
-            total, largest, weighted, queries, old_keys, old_values, is_seen[None, :], scale, USES_DOT
+            total, largest, weighted, queries, old_keys, old_values, is_seen[None, :], scale, USES_DOT, WIDENS
         )
         key_tile += BLOCK_N * keys_position
         value_tile += BLOCK_N * values_position
@@ -130,7 +141,7 @@ def _attend_kernel(
                 tl.load(ancestors + row * ancestors_row + offsets, mask=is_seen, other=0) != 0
             )
         total, largest, weighted = _attend_tile(
-            total, largest, weighted, queries, new_keys, new_values, is_seen, scale, USES_DOT
+            total, largest, weighted, queries, new_keys, new_values, is_seen, scale, USES_DOT, WIDENS
         )
         if tl.program_id(1) == 0:
             places = (stored + new).to(tl.int64)[:, None]
@@ -194,13 +205,8 @@ def triton_decode_attention(
     kept = None if keep is None else keep.view(torch.uint8)
 
     group = h // num_key_heads
-    uses_dot = group * t > FEW_QUERIES
-    smallest = 16 if uses_dot else 1  # what tl.dot takes
-    block_d = max(16, triton.next_power_of_2(d))
-    per_tile = max(16, min(TILE_BYTES // (keys.element_size() * block_d), 128))
-    block_m = min(max(smallest, triton.next_power_of_2(group * t)), per_tile)
-    block_n = per_tile if uses_dot else max(16, per_tile // block_m)
-    grid = (b * num_key_heads, triton.cdiv(group * t, block_m))
+    blocks = block_sizes(group * t, t, d, keys.element_size())
+    grid = (b * num_key_heads, triton.cdiv(group * t, blocks["BLOCK_M"]))
     if num_parts is None:
         num_parts = useful_parts(grid[0] * grid[1], max_length, _num_multiprocessors(q.device))
     parts, log_totals = out, out  # one part is the whole
@@ -216,16 +222,30 @@ def triton_decode_attention(
         *((0, 0) if cos is None else (cos.stride(0), cos.stride(2))),
         *((0, 0) if kept is None else kept.stride()),
         b, t, max_length, d,
-        NUM_KEY_HEADS=num_key_heads, GROUP=group, NUM_PARTS=num_parts, USES_DOT=uses_dot,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=max(smallest, triton.next_power_of_2(t)),
-        BLOCK_D=block_d, num_warps=4,
+        NUM_KEY_HEADS=num_key_heads, GROUP=group, NUM_PARTS=num_parts, WIDENS=is_interpreting(), **blocks, num_warps=4,
     )  # fmt: skip
     if num_parts > 1:
         _join_kernel[(b * h * t,)](
             parts, log_totals, out, b * h * t, d,
-            NUM_PARTS=num_parts, BLOCK_P=triton.next_power_of_2(num_parts), BLOCK_D=block_d, num_warps=1,
+            NUM_PARTS=num_parts, BLOCK_P=triton.next_power_of_2(num_parts), BLOCK_D=blocks["BLOCK_D"], num_warps=1,
         )  # fmt: skip
     return out
+
+
+def block_sizes(num_queries: int, num_new: int, head_dim: int, element_size: int) -> dict[str, int | bool]:
+    """Of the tiles: queries that share a key head, stored positions, new positions, channels; how they are multiplied."""
+    uses_dot = num_queries > FEW_QUERIES
+    smallest = 16 if uses_dot else 1  # what tl.dot takes
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    largest = max(16, min(TILE_BYTES // (element_size * block_d), 128))
+    block_m = min(max(smallest, triton.next_power_of_2(num_queries)), largest)
+    return {
+        "USES_DOT": uses_dot,
+        "BLOCK_M": block_m,
+        "BLOCK_N": largest if uses_dot else max(16, largest // block_m),
+        "BLOCK_T": max(smallest, triton.next_power_of_2(num_new)),
+        "BLOCK_D": block_d,
+    }
 
 
 def useful_parts(num_programs: int, max_length: int, num_multiprocessors: int) -> int:

@@ -27,7 +27,7 @@ def _rest_of_target(
         is_id = ids < vocab_size
         rest = tl.load(target + ids, mask=is_id, other=0.0)
         if HAS_DRAFT:
-            covered = tl.load(draft + ids, mask=is_id & has_rejected, other=0.0)
+            covered = tl.where(has_rejected, tl.load(draft + ids, mask=is_id, other=0.0), 0.0)
             rest = tl.where(covered > rest, 0.0, rest - covered)
         else:
             rest = tl.where(has_rejected & (ids == rejected), 0.0, rest)
@@ -69,7 +69,7 @@ def _verify_kernel(
     rejected = tl.sum(tl.where(is_rejected, ids, 0)).to(tl.int32)
     has_rejected = tl.sum((is_rejected & is_possible).to(tl.int32)) > 0
     target += accepted * target_stride_step
-    draft += accepted * draft_stride_step
+    draft += tl.minimum(accepted, num_tokens - 1) * draft_stride_step
     law, mass = _rest_of_target(
         target, draft, scratch, rejected, has_rejected, vocab_size, HAS_DRAFT, BLOCK, IS_RESIDENT
     )

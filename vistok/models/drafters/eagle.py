@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from vistok.kernels.attention import AttentionMask
 from vistok.models.layers.attention import SelfAttention
-from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.layer_cache import LayerCache
 from vistok.models.layers.mlp import GatedMLP
 from vistok.models.layers.norm import RMSNorm
 from vistok.models.layers.rope import Rotation, axial_rope

@@ -36,7 +36,8 @@ from vistok.models.generators.base import Generator, MaskedGenerator, OrderedGen
 from vistok.models.generators.llamagen import ClassPrefix
 from vistok.models.layers.attention import SelfAttention
 from vistok.models.layers.context_cache import ContextCache, Evaluation
-from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.layer_cache import LayerCache
 from vistok.models.layers.mlp import GatedMLP
 from vistok.models.layers.norm import RMSNorm
 from vistok.models.layers.rope import Rotation, axial_rope

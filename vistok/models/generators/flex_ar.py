@@ -22,7 +22,8 @@ from vistok.kernels.attention import AttentionMask, CausalMask, KeyMask, TreeMas
 from vistok.models.generators.base import NextTokenGenerator, Reading
 from vistok.models.generators.text_features import TextFeatures
 from vistok.models.layers.attention import SelfAttention
-from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.layer_cache import LayerCache
 from vistok.models.layers.mlp import GatedMLP
 from vistok.models.layers.norm import RMSNorm
 

@@ -34,7 +34,8 @@ from vistok.kernels.attention import (
 from vistok.models.generators.base import NextTokenGenerator, OrderedGenerator, Reading
 from vistok.models.generators.caption_cleaning import clean_caption
 from vistok.models.generators.text_features import TextFeatures
-from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.layer_cache import LayerCache
 from vistok.models.layers.mlp import GatedMLP
 from vistok.models.layers.norm import RMSNorm
 from vistok.models.layers.rope import Rotation, axial_rope, rotate

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vistok.models.generators.base import ContinuousGenerator
 from vistok.models.heads.diffusion import NORM_EPS, Denoiser, DiffusionHead
 from vistok.models.layers.attention import SelfAttention
-from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.layer_cache import LayerCache
 
 PRESETS = {  # published name -> sizes
     "base": {"dim": 768, "encoder_depth": 12, "decoder_depth": 12, "num_heads": 12, "mlp_dim": 3072}

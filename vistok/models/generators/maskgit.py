@@ -23,7 +23,7 @@ from vistok.kernels.attention import attention
 from vistok.models.generators.base import MaskedGenerator
 from vistok.models.layers.blocks import PreNormBlock
 from vistok.models.layers.context_cache import ContextCache, ContextLayer, Evaluation
-from vistok.models.layers.kv_cache import LayerCache
+from vistok.models.layers.layer_cache import LayerCache
 from vistok.tokens import Layout
 
 

@@ -21,7 +21,8 @@ from vistok.kernels.attention import AttentionMask, CausalMask, TreeMask
 from vistok.models.generators.base import NextTokenGenerator, Reading
 from vistok.models.generators.prompts import warn_of_cut
 from vistok.models.layers.attention import SelfAttention
-from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.layer_cache import LayerCache
 from vistok.models.layers.norm import RMSNorm
 
 PAD_BYTE = 256  # fills the text up to its fixed length; a text of nothing but it is "no text"

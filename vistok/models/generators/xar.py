@@ -26,7 +26,8 @@ from vistok.kernels.attention import AttentionMask, OrderMask
 from vistok.models.generators.base import ContinuousGenerator
 from vistok.models.heads.flow import FlowHead
 from vistok.models.layers.attention import SelfAttention
-from vistok.models.layers.kv_cache import KVCache, LayerCache
+from vistok.models.layers.kv_cache import KVCache
+from vistok.models.layers.layer_cache import LayerCache
 from vistok.models.layers.norm import RMSNorm
 from vistok.models.layers.rope import Rotation, axial_rope
 from vistok.models.layers.time_embed import TimeEmbed

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.kernels.attention import AttentionMask, attention
-from vistok.models.layers.kv_cache import LayerCache
+from vistok.models.layers.layer_cache import LayerCache
 from vistok.models.layers.norm import RMSNorm
 from vistok.models.layers.rope import Rotation, rotate
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vistok.kernels.attention import AttentionMask
 from vistok.models.layers.attention import SelfAttention
-from vistok.models.layers.kv_cache import LayerCache
+from vistok.models.layers.layer_cache import LayerCache
 
 
 class PreNormBlock(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.models.layers.kv_cache import LayerCache
+from vistok.models.layers.layer_cache import LayerCache
 
 
 class ContextLayer(LayerCache):

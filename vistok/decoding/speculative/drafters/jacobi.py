@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vistok.decoding.speculative.drafter import DraftStart, Outcome
-from vistok.decoding.speculative.tree import DraftTree
+from vistok.decoding.speculative.tree import DraftTree, TreeBounds
 from vistok.decoding.speculative.tree_drafting import draw_without_replacement
 from vistok.decoding.streams import UniformSource
 
@@ -86,6 +86,7 @@ class JacobiSession:
             parents,
             torch.ones_like(tokens, dtype=torch.bool),
             torch.cat([self.laws, no_children], dim=1),
+            TreeBounds.chain(self.drafter.window),
         )
 
     def commit(self, outcome: Outcome) -> None:

@@ -101,7 +101,9 @@ class NeighbourSession:
                 exists.append(exists[node] & is_there)
                 lines.append(lines[node].scatter(1, place[:, None], token[:, None]))
         parents = torch.tensor(shape.parents, device=roots.device).expand(len(roots), -1)
-        return DraftTree(torch.stack(tokens, dim=1), parents, torch.stack(exists, dim=1))
+        return DraftTree(
+            torch.stack(tokens, dim=1), parents, torch.stack(exists, dim=1), bounds=self.shape.bounds
+        )
 
     def _copies(self, line: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Different tokens of the neighbours of `place [b]`, `[b count]`, and whether there are so many."""

@@ -89,7 +89,9 @@ class RecyclingSession:
             exists.append(exists[parent] & (token != UNKNOWN))
             tokens.append(token.clamp_min(0))
         parents = torch.tensor(self.shape.parents, device=roots.device).expand(len(roots), -1)
-        return DraftTree(torch.stack(tokens, dim=1), parents, torch.stack(exists, dim=1))
+        return DraftTree(
+            torch.stack(tokens, dim=1), parents, torch.stack(exists, dim=1), bounds=self.shape.bounds
+        )
 
     def commit(self, outcome: Outcome) -> None:
         """Take up what the target thinks of all tokens that it read; of a token that it read twice, the later node's."""
