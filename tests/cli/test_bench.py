@@ -16,7 +16,6 @@ from vistok.eval.speed_families import FAMILIES
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `run` was asked for; it measures nothing."""
-    pytest.importorskip("matplotlib")
     calls: list[Any] = []
 
     def run(selections: Any, folder: Path, device: str, *, write: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vistok.decoding.guidance import LinearGuidance
-from vistok.eval import speed, speed_bench, speed_families, speed_selection, speed_ways
+from vistok.eval import speed, speed_bench, speed_families, speed_report, speed_selection, speed_ways
 from vistok.eval.random_weights import randomize
 from vistok.eval.speed import run
 from vistok.eval.speed_bench import Bench, ParityError
@@ -248,7 +248,15 @@ def test_the_report(tmp_path: Path) -> None:
     )
     assert "| llamagen-b | plain | float32 | 1 | 11 | - | 256 | 1 | 3 | 1 in 4 |" in page
     assert "Not measured: nar-b, eager, int8, batch 1: no." in page and "a machine" in page
-    assert (tmp_path / "speed.png").stat().st_size > 1000
+    assert (tmp_path / "speed.png").stat().st_size > 1000 and "(speed.png)" in page
+
+
+def test_a_report_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(speed_report, "find_spec", lambda name: None)
+    report = SpeedReport(RATES, "cpu", "a machine", 2, "0.1")
+    write_report(report, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
+    assert "speed.png" not in (tmp_path / "report.md").read_text()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

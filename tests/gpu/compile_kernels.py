@@ -22,6 +22,7 @@ from vistok.kernels.attention import CausalMask, KeyMask, PackedMask, SelfMask
 from vistok.kernels.attention.triton import triton_attention
 from vistok.kernels.decode_attention.triton import triton_decode_attention
 from vistok.kernels.sampling.triton import triton_sample_tokens
+from vistok.kernels.verification.triton import triton_verify_chain
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 Call = Callable[[], Any]
@@ -132,6 +133,23 @@ def sampling_cases() -> Iterator[tuple[str, Call]]:
     yield "sampling, long rows", case(64000)
 
 
+def verification_cases() -> Iterator[tuple[str, Call]]:
+    """With the distributions of a drafter and without; rows that fit into registers and one that does not."""
+
+    def case(vocab_size: int, has_draft: bool) -> Call:
+        def call() -> None:
+            tokens, drafted = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([4, 2])
+            target = torch.rand(2, 5, vocab_size)
+            triton_verify_chain(
+                tokens, target[:, :4] if has_draft else None, target, torch.rand(2, 5), drafted
+            )
+
+        return call
+
+    yield "verification", case(16384, has_draft=True)
+    yield "verification, long rows, no distributions", case(64000, has_draft=False)
+
+
 def compile_all(capability: int) -> Iterator[dict[str, Any]]:
     """All cases for a compute capability, as 90 for 9.0."""
     built: list[tuple[str, Any]] = []
@@ -144,7 +162,7 @@ def compile_all(capability: int) -> Iterator[dict[str, Any]]:
 
     JITFunction.run = run
     triton.runtime.driver.set_active(Absent(capability))
-    for cases in (attention_cases(), decode_attention_cases(), sampling_cases()):
+    for cases in (attention_cases(), decode_attention_cases(), sampling_cases(), verification_cases()):
         for name, call in cases:
             call()
             for kernel_name, kernel in built:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.gpu.running import never_waits, replayed
 from vistok.kernels.decode_attention import decode_attention
 from vistok.kernels.sampling import sample_tokens
+from vistok.kernels.verification import verify_chain
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of values around 1
 CLEAR = 1e-5  # sums in another order move the borders between ids by less
@@ -151,3 +152,48 @@ def test_sampling_does_not_make_the_host_wait(device: torch.device) -> None:
     with never_waits(device):
         drawn = call()
     assert drawn[0] >= 0 and drawn[1] == -1  # a law that is none is no error yet
+
+
+@pytest.mark.parametrize("has_draft", [True, False])
+@torch.no_grad()
+def test_replayed_verification(device: torch.device, has_draft: bool) -> None:
+    """Rows of different lengths; laws of few ids, so that all of accepting, rejecting and ending occurs."""
+    generator = torch.Generator().manual_seed(2)
+    tokens, drafted = torch.zeros(8, 5, dtype=torch.int64), torch.tensor([5, 3, 1, 5, 0, 2, 4, 5])
+    shapes = {"draft": (8, 5, 300), "target": (8, 6, 300), "uniforms": (8, 6)}
+    host = {name: torch.zeros(shape) for name, shape in shapes.items()} | {
+        "tokens": tokens,
+        "drafted": drafted,
+    }
+    there = {name: tensor.to(device) for name, tensor in host.items()}
+
+    def call(of: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
+        draft = of["draft"] if has_draft else None
+        return verify_chain(
+            of["tokens"], draft, of["target"], of["uniforms"], num_drafted=of["drafted"], backend=backend
+        )
+
+    replay = replayed(lambda: call(there, "auto"), device)
+    counts = set()
+    for _ in range(4):
+        host["target"] = (4 * torch.randn(8, 6, 300, generator=generator)).softmax(-1)
+        host["draft"] = (0.6 * host["target"][:, :5] + 0.4 * torch.full((8, 5, 300), 1 / 300)).contiguous()
+        laws = host["draft"].flatten(0, 1)
+        host["tokens"] = torch.multinomial(laws, 1, generator=generator).view(8, 5)
+        host["uniforms"] = torch.rand(8, 6, generator=generator)
+        for name, tensor in host.items():
+            there[name].copy_(tensor)
+        expected = call(host, "reference")
+        accepted, following = (result.cpu() for result in replay())
+        assert torch.equal(accepted, expected[0]) and torch.equal(following, expected[1])
+        counts |= set(accepted.tolist())
+    assert len(counts) >= 3
+
+
+@torch.no_grad()
+def test_verification_does_not_make_the_host_wait(device: torch.device) -> None:
+    target = torch.rand(2, 5, 300).softmax(-1).to(device)
+    tokens, uniforms = torch.zeros(2, 4, dtype=torch.int64, device=device), torch.rand(2, 5).to(device)
+    verify_chain(tokens, None, target, uniforms)  # compiles
+    with never_waits(device):
+        verify_chain(tokens, None, target, uniforms)

@@ -12,10 +12,16 @@ from torch import Tensor
 from vistok.kernels.decode_attention import decode_attention
 from vistok.kernels.decode_attention.dispatch import _log_once
 from vistok.kernels.rotation import Rotation, rotate
+from vistok.kernels.triton_support import is_interpreting
 
 NAN = float("nan")
 EPSILON = 2e-6  # some units in the last place of float32
-BACKENDS = ["reference", "torch", "triton"]  # on the CPU, Triton's interpreter runs its kernels
+
+interpreted = pytest.mark.skipif(
+    not is_interpreting(), reason="kernels run on the GPU: see the tests marked so"
+)
+TRITON = pytest.param("triton", marks=interpreted)
+BACKENDS = ["reference", "torch", TRITON]
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
 
@@ -167,7 +173,7 @@ def test_backends_compute_the_definition(name: str, backend: str) -> None:
     assert_exact(CASES[name], backend)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", TRITON])
 @pytest.mark.parametrize(
     ("head_dim", "num_new", "heads"),
     [(32, 1, (1, 1)), (48, 3, (2, 1)), (80, 1, (2, 2)), (100, 2, (2, 1)), (128, 5, (1, 1))],
@@ -177,14 +183,21 @@ def test_heads_of_many_sizes(head_dim: int, num_new: int, heads: tuple[int, int]
 
 
 @pytest.mark.parametrize("num_new", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype, num_new: int) -> None:
-    case = replace(inputs([30, 11], num_new, dtype=dtype), keep=some(2, 40))
-    assert_exact(case, "torch", factor=4)  # the reference's products are exact, these are rounded
-    # The interpreter cuts queries, weights and results to bfloat16 where hardware rounds.
-    assert_exact(case, "triton", factor=2 if dtype == torch.float16 else 6)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "factor"),
+    [
+        ("torch", torch.float16, 4),  # the products of the reference are exact, these are rounded
+        ("torch", torch.bfloat16, 4),
+        pytest.param("triton", torch.float16, 2, marks=interpreted),
+        # The interpreter cuts queries, weights and results to bfloat16 where hardware rounds.
+        pytest.param("triton", torch.bfloat16, 6, marks=interpreted),
+    ],
+)
+def test_half_precision(backend: str, dtype: torch.dtype, factor: float, num_new: int) -> None:
+    assert_exact(replace(inputs([30, 11], num_new, dtype=dtype), keep=some(2, 40)), backend, factor)
 
 
+@interpreted
 @pytest.mark.parametrize("num_parts", [2, 5])
 @pytest.mark.parametrize("name", ["one, not grouped", "long", "a tree and hidden positions"])
 def test_parts_of_the_stored_positions_are_joined(name: str, num_parts: int) -> None:
@@ -232,7 +245,7 @@ def test_storage_that_is_a_part_of_another(backend: str) -> None:
     assert torch.equal(part.values[0, :, 9], part.v[0, :, 0])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", TRITON])
 def test_inputs_that_are_not_contiguous(backend: str) -> None:
     case = inputs([9, 4, 4], 3)
     q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (case.q, case.k, case.v))
@@ -267,7 +280,7 @@ def test_steps_grow_the_cache(backend: str) -> None:
     assert torch.equal(case.keys[:, :, :9], whole.k) and case.keys[:, :, 9:].isnan().all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", TRITON])
 @pytest.mark.parametrize("name", ["one, not grouped", "a tree and hidden positions"])
 def test_compiled_as_one_graph(name: str, backend: str) -> None:
     torch._dynamo.reset()
@@ -314,6 +327,7 @@ def test_why_triton_is_not_taken_is_said_once(caplog: pytest.LogCaptureFixture) 
     ]
 
 
+@interpreted
 def test_a_named_backend_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="available: auto, triton, torch, reference"):
         inputs([3]).attend("flash")
@@ -349,7 +363,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         replace(case, ancestors=tree(3)).attend()
     with pytest.raises(ValueError, match=r"keep covers the storage, \[2 40\], got \[2, 39\]"):
         replace(case, keep=some(2, 39)).attend()
-    with pytest.raises(ValueError, match=r"is \[2 8\] or \[2 1 2 8\], got \[\[3 8\], \[3 8\]\]"):
+    with pytest.raises(ValueError, match=r"is \[2 8\] or \[2 1 2 8\], got \[\[3, 8\], \[3, 8\]\]"):
         replace(case, rotation=(torch.ones(3, 8), torch.ones(3, 8))).attend()
 
 

@@ -40,12 +40,10 @@ def bench(
 ) -> None:
     """Time every family beside this machine's bandwidth and arithmetic, and beside the plainest loop."""
     check_folder(out if out.exists() else out.parent)
-    from vistok.eval.rate_distortion_report import check_plotting
     from vistok.eval.speed import run
     from vistok.eval.speed_report import write_report
     from vistok.eval.speed_selection import choose
 
-    check_plotting()
     selections = choose(
         "quick" if quick else preset,
         families=_several(families),

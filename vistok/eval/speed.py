@@ -26,7 +26,6 @@ from tqdm import tqdm
 import vistok
 from vistok.eval.machine import describe_machine
 from vistok.eval.peak_memory import MIB
-from vistok.eval.rate_distortion_report import check_plotting
 from vistok.eval.speed_bench import Bench
 from vistok.eval.speed_cells import Cell, Measurement, SpeedReport, load, save
 from vistok.eval.speed_families import FAMILIES
@@ -52,7 +51,7 @@ def run(
         selections: a cell that several have is measured as the first says.
         folder: an existing one.
         device: where.
-        write: called when all is measured.
+        write: called after every family, and when all is measured.
 
     Raises:
         ParityError: a way computes something else than the plain loop. What is measured so far is kept.
@@ -72,6 +71,7 @@ def run(
                 report.skipped.pop(str(measured.cell), None)
                 save(report, folder / FILE)
             save(report, folder / FILE)
+            write(report)
     write(report)
     return report
 
@@ -108,8 +108,7 @@ def _measure_family(
             except UnavailableError as error:
                 _skip(report, chosen, str(error), progress)
             model = None
-            torch.compiler.reset()  # and with it copies of the weights
-            gc.collect()
+            _tidy()
 
 
 def _measure_sizes(
@@ -134,6 +133,14 @@ def _measure_sizes(
             return
         progress.update()
         yield largest
+
+
+def _tidy() -> None:
+    """Forget compiled programs, and with them copies of the weights."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _skip(report: SpeedReport, cells: list[Cell], reason: str, progress: Any) -> None:
@@ -205,7 +212,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--longest", type=float, help="seconds of a call; of longer ones a share is timed")
     parser.add_argument("--device", default="cpu")
     options = vars(parser.parse_args(arguments))
-    check_plotting()
     folder = options.pop("out")
     folder.mkdir(parents=True, exist_ok=True)
     device, preset, is_quick = (options.pop(name) for name in ("device", "preset", "quick"))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from vistok.eval.timing import median_seconds
 
-BYTES = 2**30  # of a copy; far beyond every cache
+BYTES = {"cpu": 2**30, "cuda": 2**32}  # of a copy; far beyond every cache
 MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of square matrices
 REPEATS = 5
 COMPUTED_IN = {"int8": "bfloat16"}  # weights are int8, the rest is not
@@ -63,7 +63,7 @@ def measure_rates(
     device: torch.device,
     dtypes: Iterable[str],
     *,
-    num_bytes: int = BYTES,
+    num_bytes: int | None = None,
     sizes: Sequence[int] | None = None,
     repeats: int = REPEATS,
 ) -> Rates:
@@ -72,12 +72,12 @@ def measure_rates(
     Args:
         device: where.
         dtypes: names of types of torch, or those of `COMPUTED_IN`.
-        num_bytes: of the tensor.
+        num_bytes: of the tensor; `BYTES` by default.
         sizes: `MATMUL_SIZES` by default; the best one counts.
         repeats: of each, after one that does not count; the fastest one counts.
     """
-    read, copy = _memory_rates(num_bytes, repeats, device)
-    sizes = MATMUL_SIZES["cuda" if device.type == "cuda" else "cpu"] if sizes is None else sizes
+    read, copy = _memory_rates(num_bytes or BYTES[device.type], repeats, device)
+    sizes = MATMUL_SIZES[device.type] if sizes is None else sizes
     names = dict.fromkeys(COMPUTED_IN.get(name, name) for name in dtypes)
     matmul = {
         name: max(_matmul_rate(size, getattr(torch, name), repeats, device) for size in sizes)

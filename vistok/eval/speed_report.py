@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from vistok.eval.machine import threads_in_words
 from vistok.eval.markdown import table
 from vistok.eval.peak_memory import MIB
-from vistok.eval.rate_distortion_report import DPI, check_plotting
+from vistok.eval.rate_distortion_report import DPI
 from vistok.eval.speed_cells import Measurement, SpeedReport
 from vistok.eval.speed_ways import DTYPES, PLAIN, WAYS
 from vistok.files import atomic_path
 
+PICTURE = "speed.png"
 LABELS = ["Family", "Way", "Type", "Batch"]
 COLOURS = {"float32": "C0", "bfloat16": "C1", "int8": "C2"}
 MARKERS = {PLAIN: "x", "eager": "o", "compiled": "D"}
@@ -112,16 +114,16 @@ AIMS = {
 
 
 def write_report(report: SpeedReport, folder: Path) -> None:
-    """Write `speed.png` and `report.md` into an existing folder, beside `speed.json`."""
-    with atomic_path(folder / "speed.png") as file:
-        _draw(report, file)
+    """Write `report.md` and, where matplotlib is installed, `speed.png` into an existing folder, beside `speed.json`."""
+    if find_spec("matplotlib") is not None:
+        with atomic_path(folder / PICTURE) as file:
+            _draw(report, file)
     with atomic_path(folder / "report.md") as file:
-        file.write_text(_page(report), encoding="utf-8")
+        file.write_text(_page(report, (folder / PICTURE).is_file()), encoding="utf-8")
 
 
 def _draw(report: SpeedReport, path: Path) -> None:
     """Seconds per image of every family, a panel for each batch size; a bar is the floor of its colour's type."""
-    check_plotting()
     from matplotlib.figure import Figure
 
     sizes = sorted({one.cell.batch_size for one in report.measurements}) or [1]
@@ -163,7 +165,7 @@ def _legend() -> list[Any]:
     return [*ways, *dtypes]
 
 
-def _page(report: SpeedReport) -> str:
+def _page(report: SpeedReport, has_picture: bool) -> str:
     place = report.device.partition(":")[0]
     times = ["Seconds per image", "First image, s", "Tokens/s", "Floor, s", "Times the floor", "Bound by"]
     times += ["Faster than plain", "Difference"]
@@ -179,8 +181,7 @@ def _page(report: SpeedReport) -> str:
     lines = [
         f"# How fast, beside what the machine allows ({report.device})",
         "",
-        "![Seconds per image beside the floor](speed.png)",
-        "",
+        *([f"![Seconds per image beside the floor]({PICTURE})", ""] if has_picture else []),
         "## Aims",
         "",
         *table(["Aim", "Goal", "Measured", "Met"], [aim.cells(report) for aim in AIMS.get(place, [])]),

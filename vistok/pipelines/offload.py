@@ -41,7 +41,9 @@ class Offloading:
             ValueError: the generator is compiled for weights that stay where they are.
         """
         if getattr(self, "_compiled", None) is not None:
-            raise ValueError("a compiled generator cannot be offloaded: load the pipeline again, or leave out compile()")
+            raise ValueError(
+                "a compiled generator cannot be offloaded: load the pipeline again, or leave out compile()"
+            )
         super().enable_model_cpu_offload(*args, **options)  # type: ignore[misc]  # that of DiffusionPipeline
 
     def enable_sequential_cpu_offload(self, *args: Any, **options: Any) -> NoReturn:

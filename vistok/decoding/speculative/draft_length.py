@@ -152,12 +152,13 @@ class ChainDrafting:
         return self.length.longest
 
     def grow(self, roots: Tensor, root_probs: Tensor, expand: Expand, streams: UniformSource) -> DraftTree:
-        uniforms = streams.uniform(self.max_nodes).to(root_probs.device)  # as many whatever is drafted
+        # As many whatever is drafted.
+        uniforms = streams.uniform(self.max_nodes).to(root_probs.device, non_blocking=True)
         tokens, laws = [roots], [root_probs]
         exists = [torch.ones_like(roots, dtype=torch.bool)]
         goes_on, level = exists[0], None
         for num_drafted in range(1, self.length.longest + 1):
-            token, is_there = self._choose(laws[-1], uniforms[:, [num_drafted - 1]])  # [b 1] each
+            token, is_there = self._choose(laws[-1], uniforms[:, num_drafted - 1, None])  # [b 1] each
             tokens.append(token[:, 0])
             exists.append(goes_on & is_there[:, 0])
             goes_on = exists[-1] & self.length.goes_on(num_drafted, laws[-1], self.rate)

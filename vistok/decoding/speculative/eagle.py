@@ -107,8 +107,7 @@ class EagleSession:
 
     def commit(self, outcome: Outcome) -> None:
         """See `DraftSession.commit`."""
-        longest = max(1, int(outcome.counts.max()))
-        path = outcome.path[:, :longest].clamp_min(0)  # [b m]
+        path = outcome.path.clamp_min(0)  # [b m]
         places = self.start.rows(path)[..., None].expand(-1, -1, outcome.reading.features.shape[2])
         self.features = outcome.reading.features.gather(1, places).to(self.network.dtype)
         # Every feature goes with the token after it: the accepted ones, then the new root.

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 Path = tuple[int, ...]  # child ranks from the root down: (0, 2) is the third child of the root's first child
+
+
+@lru_cache(maxsize=256)
+def on_device(numbers: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Node ids as an int64 tensor that is made once and not changed: to bring them there makes the host wait."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)

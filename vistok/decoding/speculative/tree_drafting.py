@@ -21,7 +21,7 @@ from vistok.decoding.speculative.dynamic_tree import (
     first_candidates,
     select_tree,
 )
-from vistok.decoding.speculative.tree import DraftTree, TreeShape
+from vistok.decoding.speculative.tree import DraftTree, TreeShape, on_device
 from vistok.decoding.streams import UniformSource
 
 
@@ -109,7 +109,7 @@ class SampledDrafting:
         return self.shape.num_nodes - 1
 
     def grow(self, roots: Tensor, root_probs: Tensor, expand: Expand, streams: UniformSource) -> DraftTree:
-        uniforms = streams.uniform(self.max_nodes).to(root_probs.device)
+        uniforms = streams.uniform(self.max_nodes).to(root_probs.device, non_blocking=True)
 
         def draw(probs: Tensor, children: Sequence[range]) -> tuple[Tensor, Tensor]:
             return draw_without_replacement(probs, _per_child(uniforms, children))
@@ -204,14 +204,14 @@ def grow_static(
             level = _level_of(shape, inner, above, tokens, level)
             probs = expand(level)
             _check_probs(probs, level.tokens.shape)
-        draft_probs[:, inner] = probs
+        draft_probs[:, on_device(inner, device)] = probs
         children = [shape.children(node) for node in inner]
         chosen, there = choose(probs, children)
         for place, (node, ids) in enumerate(zip(inner, children, strict=True)):
             tokens[:, ids.start : ids.stop] = chosen[:, place, : len(ids)]
-            exists[:, ids.start : ids.stop] = there[:, place, : len(ids)] & exists[:, [node]]
+            exists[:, ids.start : ids.stop] = there[:, place, : len(ids)] & exists[:, node, None]
         above = inner
-    parents = torch.tensor(shape.parents, device=device).expand_as(tokens)
+    parents = on_device(shape.parents, device).expand_as(tokens)
     return DraftTree(tokens * exists, parents, exists, draft_probs, shape.bounds)
 
 
@@ -219,10 +219,11 @@ def _level_of(
     shape: TreeShape, nodes: Sequence[int], above: Sequence[int], tokens: Tensor, level: Level | None
 ) -> Level:
     """The nodes as a level below `above`, the nodes of the level before."""
+    level_tokens = tokens[:, on_device(tuple(nodes), tokens.device)]
     if level is None:
-        return first_level(tokens[:, nodes])
-    places = [above.index(shape.parents[node]) for node in nodes]
-    return level.below(tokens[:, nodes], torch.tensor(places, device=tokens.device).expand(len(tokens), -1))
+        return first_level(level_tokens)
+    places = tuple(above.index(shape.parents[node]) for node in nodes)
+    return level.below(level_tokens, on_device(places, tokens.device).expand(len(tokens), -1))
 
 
 def top_tokens(probs: Tensor, children: Sequence[range]) -> tuple[Tensor, Tensor]:
@@ -259,8 +260,8 @@ def draw_without_replacement(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, T
 def _per_child(uniforms: Tensor, children: Sequence[range]) -> Tensor:
     """Node i has number i - 1 of its row: `[b t-1]` -> `[b n k]`, where what is beyond a node's children is unused."""
     most = max(map(len, children))
-    ids = [[node - 1 for node in of_node] + [0] * (most - len(of_node)) for of_node in children]
-    return uniforms[:, torch.tensor(ids, device=uniforms.device)]
+    ids = tuple((*(node - 1 for node in of_node), *[0] * (most - len(of_node))) for of_node in children)
+    return uniforms[:, on_device(ids, uniforms.device)]
 
 
 def _check_probs(probs: Tensor, nodes: Sequence[int]) -> None:

@@ -21,6 +21,7 @@ from vistok.kernels.triton_support import is_interpreting
 MOST_PARTS = 32
 KEYS_PER_PART = 256  # fewer are read sooner than a second kernel starts
 TILE_BYTES = 8192  # of queries, keys or values; larger ones spill registers (compiled for sm_80 and sm_90)
+MANY_NUMBERS = 4096  # of new keys; four warps spill them
 FEW_QUERIES = 2  # up to so many are multiplied out; a matrix unit would compute 16
 
 
@@ -222,7 +223,7 @@ def triton_decode_attention(
         *((0, 0) if cos is None else (cos.stride(0), cos.stride(2))),
         *((0, 0) if kept is None else kept.stride()),
         b, t, max_length, d,
-        NUM_KEY_HEADS=num_key_heads, GROUP=group, NUM_PARTS=num_parts, WIDENS=is_interpreting(), **blocks, num_warps=4,
+        NUM_KEY_HEADS=num_key_heads, GROUP=group, NUM_PARTS=num_parts, WIDENS=is_interpreting(), **blocks,
     )  # fmt: skip
     if num_parts > 1:
         _join_kernel[(b * h * t,)](
@@ -233,18 +234,20 @@ def triton_decode_attention(
 
 
 def block_sizes(num_queries: int, num_new: int, head_dim: int, element_size: int) -> dict[str, int | bool]:
-    """Of the tiles: queries that share a key head, stored positions, new positions, channels; how they are multiplied."""
+    """Of the tiles: queries that share a key head, stored and new positions, channels; how they are computed."""
     uses_dot = num_queries > FEW_QUERIES
     smallest = 16 if uses_dot else 1  # what tl.dot takes
     block_d = max(16, triton.next_power_of_2(head_dim))
     largest = max(16, min(TILE_BYTES // (element_size * block_d), 128))
     block_m = min(max(smallest, triton.next_power_of_2(num_queries)), largest)
+    block_t = max(smallest, triton.next_power_of_2(num_new))
     return {
         "USES_DOT": uses_dot,
         "BLOCK_M": block_m,
         "BLOCK_N": largest if uses_dot else max(16, largest // block_m),
-        "BLOCK_T": max(smallest, triton.next_power_of_2(num_new)),
+        "BLOCK_T": block_t,
         "BLOCK_D": block_d,
+        "num_warps": 8 if block_t * block_d >= MANY_NUMBERS else 4,
     }
 
 

@@ -141,7 +141,7 @@ class XAR(ContinuousGenerator):
             )
         span = _make_span(plan, 0, self.num_tokens, plan.num_steps)
         modulations = self.modulate(times, class_labels)
-        hidden_states = self._stacks(noisy[:, plan.sequence], span, modulations, None)
+        hidden_states = self.stacks(noisy[:, plan.sequence], span, modulations, None)
         return self.to_velocity(hidden_states)[:, plan.slots]
 
     def modulate(self, times: Tensor, class_labels: Tensor) -> Modulations:
@@ -175,7 +175,7 @@ class XAR(ContinuousGenerator):
         end, num_steps = start + latents.shape[1], modulations[0].shape[1]
         kept = plan.check_span(start, end, num_steps)
         span = _make_span(plan, start, end, num_steps)
-        hidden_states = self._stacks(latents, span, modulations, cache)
+        hidden_states = self.stacks(latents, span, modulations, cache)
         if cache is not None:
             cache.rollback(kept)
         return self.to_velocity(hidden_states[:, kept - start :])
@@ -196,7 +196,7 @@ class XAR(ContinuousGenerator):
         """The order, as the network follows it on its device."""
         return _make_plan(self.order, self.layout, self.head_dim, self.device)
 
-    def _stacks(self, latents: Tensor, span: Span, modulations: Modulations, cache: KVCache | None) -> Tensor:
+    def stacks(self, latents: Tensor, span: Span, modulations: Modulations, cache: KVCache | None) -> Tensor:
         """Both stacks: `latents [b m c]` as they are decided -> features `[b m d]`."""
         caches = [None] * len(modulations) if cache is None else cache.layers
         depth = len(self.encoder.blocks)

@@ -171,7 +171,8 @@ class KVCache:
         for layer in self.layers:
             layer.keep(path.clamp_min(0), rows)
         rows.lengths = rows.lengths + counts
-        rows.most = min(rows.most + path.shape[1], self.max_length)
+        # The last token of an image can be committed as well, which plain decoding does not read.
+        rows.most = min(rows.most + path.shape[1], self.max_length + 1)
 
     def rollback_rows(self, lengths: Tensor) -> None:
         """Forget of every row what lies from `lengths [b]` on, and all nodes that are not committed.

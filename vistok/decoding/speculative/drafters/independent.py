@@ -104,8 +104,7 @@ class IndependentSession:
 
     def commit(self, outcome: Outcome) -> None:
         """See `DraftSession.commit`."""
-        longest = max(1, int(outcome.counts.max()))
-        accepted = outcome.tree.tokens.gather(1, outcome.path[:, :longest].clamp_min(0)).roll(-1, dims=1)
+        accepted = outcome.tree.tokens.gather(1, outcome.path.clamp_min(0)).roll(-1, dims=1)
         last = (outcome.counts - 1).clamp_min(0)[:, None]
         self.unread = accepted.scatter(1, last, outcome.new_roots[:, None])  # the root before them was read
         self.counts = outcome.counts

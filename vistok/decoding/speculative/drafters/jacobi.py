@@ -76,7 +76,7 @@ class JacobiSession:
 
     def propose(self, roots: Tensor, num_committed: Tensor, streams: UniformSource) -> DraftTree:
         """Draw the window anew."""
-        uniforms = streams.uniform(self.drafter.window, 2).to(self.laws.device)
+        uniforms = streams.uniform(self.drafter.window, 2).to(self.laws.device, non_blocking=True)
         drafts = maximal_coupling(self.old_tokens, self.old_laws, self.laws, self.is_old, uniforms)
         tokens = torch.cat([roots[:, None], drafts], dim=1)
         parents = torch.arange(-1, self.drafter.window, device=tokens.device).expand_as(tokens)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vistok.decoding.speculative.drafter import DraftStart, Outcome
-from vistok.decoding.speculative.tree import DraftTree, TreeShape
+from vistok.decoding.speculative.tree import DraftTree, TreeShape, on_device
 from vistok.decoding.streams import UniformSource
 
 NEIGHBOURS = {  # rows up, columns to the left
@@ -100,7 +100,7 @@ class NeighbourSession:
                 tokens.append(token)
                 exists.append(exists[node] & is_there)
                 lines.append(lines[node].scatter(1, place[:, None], token[:, None]))
-        parents = torch.tensor(shape.parents, device=roots.device).expand(len(roots), -1)
+        parents = on_device(self.shape.parents, roots.device).expand(len(roots), -1)
         return DraftTree(
             torch.stack(tokens, dim=1), parents, torch.stack(exists, dim=1), bounds=self.shape.bounds
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vistok.decoding.speculative.drafter import DraftStart, Outcome
-from vistok.decoding.speculative.tree import DraftTree, TreeShape
+from vistok.decoding.speculative.tree import DraftTree, TreeShape, on_device
 from vistok.decoding.streams import UniformSource
 
 UNKNOWN = -1
@@ -88,7 +88,7 @@ class RecyclingSession:
             token = self.successors[rows, tokens[parent], path[-1]]
             exists.append(exists[parent] & (token != UNKNOWN))
             tokens.append(token.clamp_min(0))
-        parents = torch.tensor(self.shape.parents, device=roots.device).expand(len(roots), -1)
+        parents = on_device(self.shape.parents, roots.device).expand(len(roots), -1)
         return DraftTree(
             torch.stack(tokens, dim=1), parents, torch.stack(exists, dim=1), bounds=self.shape.bounds
         )
@@ -98,10 +98,13 @@ class RecyclingSession:
         tokens = outcome.tree.tokens  # [b t]
         exists = outcome.tree.exists & (outcome.counts > 0)[:, None]
         same = (tokens[:, :, None] == tokens[:, None, :]) & exists[:, None, :]
-        is_last = ~same.triu(diagonal=1).any(dim=2) & exists
+        last = torch.where(same, torch.arange(tokens.shape[1], device=tokens.device), -1).amax(dim=2)  # [b t]
         best = outcome.logits.topk(self.successors.shape[2], dim=-1).indices  # [b t k]
-        row, node = is_last.nonzero(as_tuple=True)
-        self.successors[row, tokens[row, node]] = best[row, node]
+        best = best.gather(1, last.clamp_min(0)[..., None].expand_as(best))
+        places = tokens[..., None].expand_as(best)
+        # All nodes of one token write the same: what the last of them says, or what was there if none exists.
+        best = torch.where((last >= 0)[..., None], best, self.successors.gather(1, places))
+        self.successors.scatter_(1, places, best)
 
 
 def frequent_successors(indices: Tensor, codebook_size: int, num_successors: int = 8) -> Tensor:
