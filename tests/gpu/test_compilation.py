@@ -22,6 +22,7 @@ KERNELS = {
     "_attend_kernel",
     "_join_kernel",
     "_sample_kernel",
+    "_verify_kernel",
 }
 
 

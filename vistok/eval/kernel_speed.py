@@ -229,7 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.kernels and subject.kernel not in options.kernels:
                 continue
             times = measure(subject, dtype, report.rates, device, options.repeats)
-            sys.stderr.write("".join(f"{time}\n" for time in times))
+            sys.stderr.write(
+                "".join(f"{time.kernel}: {' | '.join(_cells(time))}\n" for time in times if time.seconds)
+            )
             report.times += times
             write_report(report, options.out)
     sys.stdout.write(json.dumps(asdict(report), allow_nan=False) + "\n")

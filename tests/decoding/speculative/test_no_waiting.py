@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from tests.decoding.speculative.test_eagle import class_target, drafter_for
 from tests.host_sync import HostSyncError, no_host_sync
@@ -26,6 +27,7 @@ from vistok.decoding.speculative.neighbours import NeighbourTable
 from vistok.decoding.speculative.strict import GreedyRule, StrictRule
 from vistok.decoding.speculative.tree import TreeShape
 from vistok.decoding.streams import ImageStreams
+from vistok.kernels.attention import AttentionMask
 from vistok.kernels.decode_attention import decode_attention
 from vistok.models.generators.llamagen import LlamaGenClass
 from vistok.models.layers import layer_cache
@@ -33,6 +35,19 @@ from vistok.models.layers import layer_cache
 CHAIN, TREE = TreeShape.chain(3), TreeShape.from_counts([[2], [2, 1]])
 TABLE = NeighbourTable(torch.stack([(torch.arange(20) + i) % 20 for i in (1, 2)], dim=1).int())
 GREEDY = SamplingParams(top_k=1)
+
+
+@pytest.fixture(autouse=True)
+def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own look at lengths and masks on the CPU, where it costs nothing."""
+
+    def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
+        dense = None if mask is None else mask.dense(q.shape[-2], k.shape[-2], q.device)
+        return scaled_dot_product_attention(q, k, v, attn_mask=dense)
+
+    plain_decoding = functools.partial(decode_attention, backend="reference")
+    monkeypatch.setattr(layer_cache, "attention", plain_attention)
+    monkeypatch.setattr(layer_cache, "decode_attention", plain_decoding)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +80,6 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_questions = 0
-        # On the CPU the default looks at the lengths, since it costs nothing there.
-        reference = functools.partial(decode_attention, backend="reference")
-        monkeypatch.setattr(layer_cache, "decode_attention", reference)
         advance, is_done = generate._Loop.advance, generate._Loop.is_done
 
         def watched_advance(loop: generate._Loop, streams: ImageStreams) -> None:

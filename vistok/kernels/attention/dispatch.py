@@ -67,11 +67,17 @@ def attention(
             cannot run this call (the reasons are listed).
     """
     check_shapes(q, k, v)
-    name = _preferred.get() if backend == "auto" else backend
+    name = _preferred_name() if backend == "auto" else backend
     chosen = _best(q, k, v, mask) if name == "auto" else _named(name, q, k, v, mask)
     if q.numel() == 0 or k.numel() == 0:
         chosen = BACKENDS["reference"]  # kernels do not start for nothing
     return chosen(q, k, v, mask, scale)
+
+
+@torch.compiler.assume_constant_result
+def _preferred_name() -> str:
+    """What `attention_backend` sets; compiled code keeps what was set when it was traced."""
+    return _preferred.get()
 
 
 def _preferences(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> tuple[str, ...]:

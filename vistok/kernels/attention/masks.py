@@ -46,7 +46,12 @@ class AttentionMask:
         raise NotImplementedError(f"{type(self).__name__} does not define dense()")
 
     def once(self, form: str, device: torch.device, make: Callable[[], Any]) -> Any:
-        """What `make` returns, computed at the first call for a form of this mask on a device and kept with the mask."""
+        """What `make` returns, computed at the first call for a form of this mask on a device and kept with the mask.
+
+        Compiled code makes it at every call, and once for all that use it there.
+        """
+        if torch.compiler.is_compiling():
+            return make()
         forms = self.__dict__.setdefault("_forms", {})
         if (form, device) not in forms:
             forms[form, device] = make()

@@ -8,7 +8,7 @@ from torch import Tensor
 from vistok.kernels.decode_attention.reference import append, visible_positions
 from vistok.kernels.rotation import Rotation, rotate
 
-FEW_QUERIES = 2  # per key head; compiled, so many are faster as products and sums than as matrix products
+FEW_QUERIES = 2  # per key head; on a CPU, so many are faster in float32, and compiled as sums of products
 
 
 def composed_decode_attention(
@@ -23,7 +23,7 @@ def composed_decode_attention(
     keep: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The reference with matrix products in the dtype of `q`; see `decode_attention`.
+    """The reference, of more than a few queries with products in the dtype of `q`; see `decode_attention`.
 
     Where looking at the lengths makes nobody wait (on the CPU, unless it is compiled) no more is read than the longest
     row has, and there is no mask if all rows are equally long.
@@ -49,22 +49,22 @@ def composed_decode_attention(
 def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """Attention of `q [b h t d]` over `[b hk n d]` with `visible [b t n]`; a query that sees nothing gets zeros."""
     b, h, t, d = q.shape
-    num_key_heads = keys.shape[1]
-    grouped = q.reshape(b, num_key_heads, -1, d)  # [b hk m d], m = h/hk * t
-    multiplies_out = torch.compiler.is_compiling() and grouped.shape[2] <= FEW_QUERIES
-    if multiplies_out:  # fused, without a temporary of that size
-        logits = (grouped.float()[:, :, :, None] * keys.float()[:, :, None]).sum(-1)  # [b hk m n]
-    else:
-        logits = (grouped @ keys.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32))
-    logits = logits * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.reshape(b, keys.shape[1], -1, d)  # [b hk m d], m = h/hk * t
+    is_few = grouped.shape[2] <= FEW_QUERIES and q.device.type == "cpu"
+    if is_few:
+        grouped, keys, values = (x.to(wide) for x in (grouped, keys, values))
+    sums_up = is_few and torch.compiler.is_compiling()  # fused, without a temporary of that size
+    logits = (grouped[:, :, :, None] * keys[:, :, None]).sum(-1) if sums_up else grouped @ keys.mT
+    logits = logits.to(wide) * scale  # [b hk m n]
     if visible is None:
         weights = logits.softmax(dim=-1)
     else:
-        may_see = visible.repeat(1, h // num_key_heads, 1)[:, None]  # [b 1 m n]
+        may_see = visible.repeat(1, grouped.shape[2] // t, 1)[:, None]  # [b 1 m n]
         weights = logits.masked_fill(~may_see, float("-inf")).softmax(dim=-1)
         weights = torch.where(may_see, weights, 0)
-    if multiplies_out:
-        attended = (weights[..., None] * values.float()[:, :, None]).sum(-2).to(q.dtype)  # [b hk m d]
-    else:
-        attended = weights.to(q.dtype) @ values
-    return attended.reshape(b, h, t, d)
+    weights = weights.to(values.dtype)
+    attended = (
+        (weights[..., None] * values[:, :, None]).sum(-2) if sums_up else weights @ values
+    )  # [b hk m d]
+    return attended.to(q.dtype).reshape(b, h, t, d)
