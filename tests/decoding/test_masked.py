@@ -202,3 +202,14 @@ def test_no_image_is_no_work(model: MaskGIT) -> None:
 class EmptyStreams:
     def uniform(self, *shape: int) -> Tensor:
         return torch.empty(0, *shape)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 6], [-1, 0, 1, 2]])
+def test_labels_out_of_range_are_refused(model: MaskGIT, labels: list[int]) -> None:
+    streams = ImageStreams.from_seeds(SEEDS)
+    for wrong in (
+        {"class_labels": torch.tensor(labels)},
+        {"class_labels": LABELS, "null_labels": torch.tensor(labels)},
+    ):
+        with pytest.raises(ValueError, match=r"class labels must be in 0\.\.4, or 5 for none; got \["):
+            generate_masked(model, streams=streams, **wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 
@@ -84,7 +85,7 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(monkeypatch) -> StandIn:
+def stand_in(monkeypatch) -> Iterator[StandIn]:
     """Takes the place of `xformers.ops.fmha`."""
     compute = StandIn()
     types = SimpleNamespace(
@@ -97,7 +98,16 @@ def stand_in(monkeypatch) -> StandIn:
     monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     monkeypatch.setattr(ours.XFormersBackend, "objections", lambda *_: [])
-    return compute
+    _forget_forms()
+    yield compute
+    _forget_forms()
+
+
+def _forget_forms() -> None:
+    """Masks keep what was made of them, here with types of the stand-in."""
+    for *_, mask in MASKS.values():
+        if mask is not None:
+            mask.__dict__.pop("_forms", None)
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])

@@ -100,12 +100,14 @@ def generate_masked(
         `[b n]` int64 with `n = model.num_tokens`.
 
     Raises:
-        ValueError: `given` does not fit; logits that are not finite.
+        ValueError: a label out of range; `given` does not fit; logits that are not finite.
     """
     sampling = sampling or MaskedSamplingParams()
     guidance = guidance or ConstantGuidance()
-    class_labels = class_labels.to(model.device)
     null = torch.full_like(class_labels, model.null_label) if null_labels is None else null_labels
+    for labels in (class_labels, null):
+        _check_labels(model, labels)
+    class_labels = class_labels.to(model.device)
     scales = [guidance.at(step, sampling.num_steps) for step in range(sampling.num_steps)]
     indices = _canvas(model, len(class_labels), given)
     counts = [
@@ -141,6 +143,13 @@ def generate_masked(
             on_step(step, indices)
     first_bad.check(type(model).__name__)
     return indices
+
+
+def _check_labels(model: MaskedGenerator, labels: Tensor) -> None:
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= model.null_label:
+        raise ValueError(
+            f"class labels must be in 0..{model.num_classes - 1}, or {model.null_label} for none; got {labels.tolist()}"
+        )
 
 
 def _canvas(model: MaskedGenerator, batch_size: int, given: Given | None) -> Tensor:

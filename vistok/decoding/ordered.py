@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def generate_ordered(
     steps = order.sequence().to(device).split(sizes)
     uniforms = streams.uniform(order.num_tokens).to(device).split(sizes, dim=1)
     indices = torch.zeros(batch_size, order.num_tokens, dtype=torch.int64, device=device)
-    cache = model.new_cache(len(rows), order.num_tokens)
+    cache: Any = model.new_cache(len(rows), order.num_tokens)
     logits = model.prefill(rows.to(device), cache)  # [b k v], or [2b k v] when guided
     for step, positions in enumerate(steps):
         scale = guidance.at(step, order.num_steps) if is_guided else 1.0
@@ -107,7 +108,8 @@ def _draw(
     """Tokens `[b k]` from logits `[b k v]`, or `[2b k v]` when guided."""
     if processor is not None:
         if len(logits) == 2 * len(uniforms):
-            logits = apply_guidance(*logits.float().chunk(2), guidance_scale)
+            cond, uncond = logits.float().chunk(2)
+            logits = apply_guidance(cond, uncond, guidance_scale)
         logits, guidance_scale = processor(logits.float()), 1.0
     return sample_tokens(logits, uniforms, **asdict(sampling), guidance_scale=guidance_scale)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -91,6 +92,9 @@ class ProfileReport:
     repeats: int
     device: str
     num_threads: int
+    load: (
+        float | None
+    )  # processes that wanted a core, on average of the last minutes; None where the system does not tell
     machine: str
 
 
@@ -251,9 +255,17 @@ def _page(result: ProfileReport) -> str:
         "- Shares: on a GPU of these seconds, on a CPU of those under the profiler, where both meet the same machine. "
         "Python and launches: what no operator, on a GPU no kernel, took; on a CPU with what the profiler itself costs, "
         "so that this share is rather too large.",
+        *([] if result.load is None else [_load_in_words(result.load)]),
         f"- {result.device}, {threads_in_words(result.num_threads)}; {result.machine}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _load_in_words(load: float) -> str:
+    return (
+        f"- Load of the machine at the end: {load:g} processes. Where that is more than its cores, seconds are those of a busy "
+        "machine and not to be compared; shares are of one run."
+    )
 
 
 def _cells(p: Profile) -> list[str]:
@@ -303,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         repeats=options.repeats,
         device=device.type,
         num_threads=torch.get_num_threads(),
+        load=round(os.getloadavg()[2], 1) if hasattr(os, "getloadavg") else None,
         machine=str(describe_machine()),
     )
     write_report(result, options.out)

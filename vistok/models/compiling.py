@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from vistok.models.generators.any_order import AnyOrderMasked
 from vistok.models.generators.base import MaskedGenerator
 from vistok.models.generators.mar import MAR
 from vistok.models.generators.xar import XAR, Span
@@ -58,11 +59,11 @@ class Family:
 
     Args:
         methods: those that loops call.
-        warm_up: calls them with everything that a loop calls them with, for a model and a number of rows.
+        warm_up: calls them with everything that a loop calls them with: of a model, for so many images, guided or not.
     """
 
     methods: tuple[Method, ...]
-    warm_up: Callable[[Any, int], None]
+    warm_up: Callable[[Any, int, bool], None]
 
 
 class CompiledModel:
@@ -88,8 +89,7 @@ class CompiledModel:
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1, *, is_guided: bool = True) -> None:
         """Compile everything that drawing, or decoding, so many images needs, with guidance or without."""
-        for rows in {batch_size, 2 * batch_size if is_guided else batch_size}:
-            self.family.warm_up(self.model, rows)
+        self.family.warm_up(self.model, batch_size, is_guided)
 
     def undo(self) -> None:
         """Run uncompiled again."""
@@ -179,12 +179,26 @@ def _has_no_evaluation(indices: Tensor, class_labels: Tensor, evaluation: Any = 
     return evaluation is None
 
 
+def _has_no_features(embedded: Tensor, rotation: Any, mask: Any, cache: Any = None) -> bool:
+    return cache is None
+
+
 def _has_one_step(latents: Tensor, span: Span, modulations: Any, cache: Any) -> bool:
     return span.mask is None
 
 
 def _has_one_length(codes: Tensor, lengths: Any = None) -> bool:
     return lengths is None
+
+
+def _with_branches(draw: Callable[[Any, int], None]) -> Callable[[Any, int, bool], None]:
+    """Of a generator: guidance doubles the rows of the steps that are guided."""
+
+    def warm_up(model: Any, batch_size: int, is_guided: bool) -> None:
+        for branches in (1, 2) if is_guided else (1,):
+            draw(model, branches * batch_size)
+
+    return warm_up
 
 
 def _draw_masked(model: MaskedGenerator, rows: int) -> None:
@@ -222,21 +236,19 @@ def _draw_sets(model: MAR, rows: int) -> None:
         model.denoiser.denoise(noisy, model.denoiser.modulate(embedded, times))
 
 
-def _decode_lengths(model: FlexTok, rows: int) -> None:
-    length = min(SHORTEST_BUCKET, model.num_tokens)
-    while True:
-        indices = torch.zeros(rows, length, dtype=torch.int64, device=model.device)
+def _decode_lengths(model: FlexTok, batch_size: int, is_guided: bool) -> None:
+    lengths = [model.num_tokens]
+    while lengths[-1] > SHORTEST_BUCKET:
+        lengths.append(1 << (lengths[-1] - 1).bit_length() - 1)  # the power of two below
+    for length in lengths:
+        indices = torch.zeros(batch_size, length, dtype=torch.int64, device=model.device)
         tokens = Tokens(indices=indices, codebook_size=model.codebook_size)
-        for scale in (1.0, 2.0):
-            model.decode(tokens, num_inference_steps=1, guidance_scale=scale)
-        if length == model.num_tokens:
-            return
-        length = min(2 * length, model.num_tokens)
+        model.decode(tokens, num_inference_steps=2, guidance_scale=2.0 if is_guided else 1.0)
 
 
-def _decode(model: Any, rows: int) -> None:
+def _decode(model: Any, batch_size: int, is_guided: bool) -> None:
     """Tokens of zeros, of any other tokenizer."""
-    shape = (rows, model.num_tokens)
+    shape = (batch_size, model.num_tokens)
     if model.codebook_size is None:
         tokens = Tokens(latents=torch.zeros(*shape, model.latent_channels), layout=model.layout)
     else:
@@ -246,15 +258,20 @@ def _decode(model: Any, rows: int) -> None:
 
 
 FAMILIES: dict[type, Family] = {
-    MaskedGenerator: Family((Method("forward", takes=_has_no_evaluation),), _draw_masked),
-    XAR: Family((Method("stacks", is_static=False, writes=True, takes=_has_one_step),), _draw_steps),
+    AnyOrderMasked: Family(
+        (Method("trunk", takes=_has_no_features), Method("logits")), _with_branches(_draw_masked)
+    ),
+    MaskedGenerator: Family((Method("forward", takes=_has_no_evaluation),), _with_branches(_draw_masked)),
+    XAR: Family(
+        (Method("stacks", is_static=False, writes=True, takes=_has_one_step),), _with_branches(_draw_steps)
+    ),
     MAR: Family(
         (
             Method("encoder.forward", is_static=False, takes=_has_no_cache),
             Method("decoder.forward", is_static=False, takes=_has_no_cache),
             Method("denoiser.denoise", is_static=False),
         ),
-        _draw_sets,
+        _with_branches(_draw_sets),
     ),
     FlexTok: Family(
         (

@@ -345,7 +345,8 @@ class AnyOrderMasked(AnyOrder, MaskedGenerator):  # type: ignore[misc]  # as for
         is_masked = (indices == self.mask_token_id)[..., None]  # [b n 1]
         tokens = self.token_embed(indices.masked_fill(is_masked[..., 0], 0))
         embedded = torch.where(is_masked, self.mask_embed, tokens)
-        embedded = torch.cat([self.prefix(class_labels)[0], embedded], dim=1)  # [b 1+n d]
+        # Labels are checked by the loop, once: the host would wait here for the device at every step.
+        embedded = torch.cat([self.prefix.embed(class_labels)[:, None], embedded], dim=1)  # [b 1+n d]
         places = torch.arange(1 + self.num_tokens, device=indices.device)
         if evaluation is not None:
             embedded = evaluation.select(embedded)
