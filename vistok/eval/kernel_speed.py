@@ -80,8 +80,8 @@ def measure(subject: Subject, dtype: str, rates: Rates, device: torch.device, re
             continue
         try:
             rounds[way] = _round(subject, way, batches, device)
-        except Exception as error:  # a backend that breaks here must not take the others along
-            reasons[way] = _first_line(error)
+        except Exception as raised:  # a backend that breaks here must not take the others along
+            reasons[way] = _first_line(raised)
     medians = median_seconds(list(rounds.values()), repeats, device)
     seconds = {way: total / len(batches) for way, total in zip(rounds, medians, strict=True)}
     least = Pass(subject.num_bytes, subject.flops).seconds(rates, dtype)
@@ -108,10 +108,10 @@ def _check(subject: Subject) -> tuple[dict[str, float], dict[str, str]]:
     for way, compute in subject.ways.items():
         try:
             errors[way] = subject.difference(compute(subject.inputs(0)), exact)
-        except Exception as error:
+        except Exception as raised:
             if way == PLAIN:
                 raise
-            reasons[way] = _first_line(error)
+            reasons[way] = _first_line(raised)
     allowed = 0.0
     if not isinstance(exact, tuple):
         largest = exact.abs().max().item()

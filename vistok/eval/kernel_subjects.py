@@ -125,7 +125,11 @@ def decode_subject(name: str, sizes: DecodeSizes, device: torch.device, dtype: t
         return [*blocks, *storage]
 
     def way(backend: str) -> Callable[[list[Tensor]], Tensor]:
-        return lambda tensors: decode_attention(*tensors, lengths, rotation=rotation, backend=backend)
+        def attend(tensors: list[Tensor]) -> Tensor:
+            q, k, v, keys, values = tensors
+            return decode_attention(q, k, v, keys, values, lengths, rotation=rotation, backend=backend)
+
+        return attend
 
     def plain(tensors: list[Tensor]) -> Tensor:
         q, k, v, keys, values = tensors
@@ -138,8 +142,7 @@ def decode_subject(name: str, sizes: DecodeSizes, device: torch.device, dtype: t
 
     ways: dict[str, Callable[[Any], Tensor]] = {PLAIN: plain, "torch": way("torch")}
     refused = {}
-    reasons = objections("triton", *inputs(0)) if device.type == "cuda" else ["needs a GPU to be timed"]
-    if reasons:
+    if reasons := _not_on_a_gpu(device) or objections("triton", *inputs(0)):
         refused["triton"] = "; ".join(reasons)
         ways[COMPILED] = torch.compile(way("torch"), fullgraph=True, dynamic=False)
     else:
@@ -172,23 +175,23 @@ def sampling_subject(
         logits = 3 * torch.randn(2 * num_images, 1, VOCAB_SIZE, device=device)
         return logits.to(dtype), torch.rand(num_images, 1, device=device)
 
-    def sample(logits: Tensor, uniforms: Tensor, backend: str) -> Tensor:
+    def sample(arguments: tuple[Tensor, Tensor], backend: str) -> Tensor:
+        logits, uniforms = arguments
         return sample_tokens(logits, uniforms, guidance_scale=2.0, backend=backend, **settings)
 
     def exact(arguments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         logits, uniforms = arguments
         least, largest = (
-            sample(logits, (uniforms + shift).clamp(0, 1 - CLEAR), "reference") for shift in (-CLEAR, CLEAR)
+            sample((logits, (uniforms + shift).clamp(0, 1 - CLEAR)), "reference") for shift in (-CLEAR, CLEAR)
         )
         return least, largest
 
-    ways: dict[str, Callable[[Any], Tensor]] = {PLAIN: lambda arguments: sample(*arguments, "reference")}
+    ways: dict[str, Callable[[Any], Tensor]] = {PLAIN: lambda arguments: sample(arguments, "reference")}
     refused = {}
-    reasons = triton_objections(device) if device.type == "cuda" else ["needs a GPU to be timed"]
-    if reasons:
+    if reasons := _not_on_a_gpu(device) or triton_objections(device):
         refused["triton"] = "; ".join(reasons)
     else:
-        ways["triton"] = lambda arguments: sample(*arguments, "triton")
+        ways["triton"] = lambda arguments: sample(arguments, "triton")
     num_logits = 2 * num_images * VOCAB_SIZE
     return Subject(
         kernel="sampling",
@@ -202,6 +205,11 @@ def sampling_subject(
         is_captured=True,
         refused=refused,
     )
+
+
+def _not_on_a_gpu(device: torch.device) -> list[str]:
+    """Why Triton's kernels are not timed there: its interpreter tells nothing about them."""
+    return [] if device.type == "cuda" else ["needs a GPU to be timed"]
 
 
 def _masks(device: torch.device) -> dict[str, AttentionMask | None]:
@@ -230,12 +238,14 @@ def attention_subject(
         return torch.randn(shape, device=device).to(dtype)
 
     def way(backend: str) -> Callable[[Tensor], Tensor]:
-        return lambda blocks: attention(*blocks, mask, backend=backend)
+        return lambda blocks: attention(blocks[0], blocks[1], blocks[2], mask, backend=backend)
 
     ways: dict[str, Callable[[Any], Tensor]] = {PLAIN: way("reference")}
     refused = {}
+    q, k, v = inputs(0).unbind()
     for backend in ATTENTION_WAYS:
-        if reasons := ATTENTION_BACKENDS[backend].objections(*inputs(0), mask):
+        reasons = _not_on_a_gpu(device) if backend == "triton" else []
+        if reasons := reasons or ATTENTION_BACKENDS[backend].objections(q, k, v, mask):
             refused[backend] = "; ".join(reasons)
         else:
             ways[backend] = way(backend)
