@@ -102,7 +102,7 @@ def test_a_long_call_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     outputs = OrderedSubject.outputs
     monkeypatch.setattr(OrderedSubject, "outputs", lambda self, model: outputs(self, model) + 1e-2)
-    with pytest.raises(ParityError, match=r"llamagen-b, eager, float32: what it computes differs by 0\.\d+"):
+    with pytest.raises(ParityError, match=r"llamagen-b, eager, float32: what it computes is off by 0\.\d+"):
         run([selection()], tmp_path, write=quiet)
     stored = json.loads((tmp_path / "speed.json").read_text())
     assert [one["cell"]["way"] for one in stored["measurements"]] == ["plain", "plain"]
@@ -111,7 +111,7 @@ def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPat
 def test_nan_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     outputs = OrderedSubject.outputs
     monkeypatch.setattr(OrderedSubject, "outputs", lambda self, model: outputs(self, model) * float("nan"))
-    with pytest.raises(ParityError, match="differs by nan"):
+    with pytest.raises(ParityError, match="is off by nan"):
         run([selection()], tmp_path, write=quiet)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from vistok.eval import tokenizer_speed
 from vistok.eval.peak_memory import peak_memory
 from vistok.eval.plain_tokenizers import PrefixCausalMask, plain_decode, plain_encode
-from vistok.eval.tokenizer_speed import build_tokenizer, main, measure, randomize
+from vistok.eval.tokenizer_speed import Way, build_tokenizer, main, measure, randomize
+from vistok.models.layers.upsample import UpsampleConv
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.tokenizers.flextok import FlexTok
 from vistok.models.tokenizers.one_d_piece import OneDPiece
 from vistok.models.tokenizers.titok import TiTok
+from vistok.tokens import Tokens
 
 TITOK = {
     "image_size": 16,
@@ -116,14 +119,59 @@ def test_measurements(family: str, operations: list[str]):
 
 
 def test_different_results_are_not_timed(monkeypatch):
-    def wrong(tokenizer, tokens, num_steps):
+    def wrong(tokenizer, tokens, num_steps):  # of the plain composition
         return tokenizer.decode(tokens) + 0.1
 
     monkeypatch.setattr(tokenizer_speed, "plain_decode", wrong)
     with pytest.raises(
-        ValueError, match="titok, decode 8 tokens: ours and the plain composition differ by 0.1"
+        ValueError, match="titok, decode 8 tokens, float32: ours and the plain composition differ by 0.1"
     ):
         list(measure("titok", tiny("titok"), batch_size=1, repeats=1))
+
+
+def test_all_ways_are_measured_beside_one_plain_composition(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    ways = [Way(), Way(is_compiled=True), Way(torch.bfloat16)]
+    tokenizer = tiny("flextok")
+    options = {"batch_size": 1, "repeats": 1, "num_steps": NUM_STEPS, "ways": ways}
+    measured = list(measure("flextok", tokenizer, **options))
+    assert [m.way for m in measured] == ["float32", "float32, compiled", "bfloat16"] * 3
+    assert [m.operation for m in measured[::3]] == ["encode", "decode 8 tokens", "decode 4 tokens"]
+    for plain, compiled, narrow in zip(measured[::3], measured[1::3], measured[2::3], strict=True):
+        assert plain.plain_seconds == compiled.plain_seconds == narrow.plain_seconds
+        assert max(plain.difference, compiled.difference) < 1e-3 and narrow.difference < 0.5
+    assert measured[-1].difference > 1e-3
+    assert tokenizer.decoder.mask_vector.dtype == torch.float32  # the ways are copies
+    assert "velocity" not in vars(tokenizer.decoder)
+
+
+def test_low_precision_has_an_error_budget(monkeypatch):
+    decode = FlexTok.decode
+    monkeypatch.setattr(
+        FlexTok,
+        "decode",
+        lambda self, tokens, **options: (
+            decode(self, tokens, **options) + 0.5 * (self.dtype == torch.bfloat16)
+        ),
+    )
+    with pytest.raises(
+        ValueError, match="flextok, decode 8 tokens, bfloat16: ours and the plain composition"
+    ):
+        list(
+            measure(
+                "flextok", tiny("flextok"), batch_size=1, repeats=1, num_steps=1, ways=[Way(torch.bfloat16)]
+            )
+        )
+
+
+def test_the_plain_convolution_is_put_back():
+    tokenizer = tiny("titok")
+    tokens = Tokens(indices=torch.zeros(1, 8, dtype=torch.int64), codebook_size=20)
+    ours = tokenizer.decode(tokens)
+    plain_decode(tokenizer, tokens)
+    assert torch.equal(tokenizer.decode(tokens), ours)
+    convs = [module for module in tokenizer.modules() if isinstance(module, UpsampleConv)]
+    assert convs and not any("forward" in vars(conv) for conv in convs)
 
 
 def test_an_unknown_family():
@@ -152,5 +200,5 @@ def test_the_report(monkeypatch, tmp_path: Path, capsys):
     assert len(stored["measurements"]) == 2 + 4 and stored["repeats"] == 1
     assert stored["parameters"]["titok"] == sum(weight.numel() for weight in tiny("titok").parameters())
     page = (out / "report.md").read_text()
-    assert "| one-d-piece | decode 8 and 4 tokens in one batch |" in page
+    assert "| one-d-piece | decode 8 and 4 tokens in one batch | float32 |" in page
     assert "titok 0 M parameters" in page and stored["machine"] in page

@@ -106,7 +106,7 @@ facts() {
     local code=0
     if [ "$device" = cuda ]; then nvidia-smi || code=1; fi
     "$python" -m vistok doctor --json > "$work/results/doctor.json" || code=1
-    "$python" -m vistok doctor || code=1
+    cat "$work/results/doctor.json"
     "$python" -c 'import triton; print("triton", triton.__version__)' || true
     return $code
 }
@@ -130,7 +130,9 @@ if [ "$device" = cuda ]; then
     mapfile -t files < <(grep -rlE 'mark\.gpu' --include='*.py' tests | xargs -n 1 dirname | sort -u)
     tests gpu-tests 140 gpu "${files[@]}"
     tests kernel-tests 60 "$quick" tests/kernels
-    benchmark kernels 70 kernels vistok.eval.kernel_speed
+    benchmark decode-attention 45 decode-attention vistok.eval.kernel_speed --kernels "decode attention"
+    benchmark sampling 30 sampling vistok.eval.kernel_speed --kernels sampling
+    benchmark attention 60 attention vistok.eval.kernel_speed --kernels attention
     speed=(--dtypes bfloat16 --repeats 3 --longest 4)
     benchmark llamagen-b 90 speed vistok.eval.speed --families llamagen-b --batch-sizes 1 64 "${speed[@]}"
     benchmark nar-b 70 speed vistok.eval.speed --families nar-b --batch-sizes 1 64 "${speed[@]}"
@@ -142,7 +144,7 @@ if [ "$device" = cuda ]; then
     benchmark serving 60 serving vistok.eval.serving_speed --models llamagen-b --dtypes bfloat16 --loads 0.9
 else
     tests gpu-tests 200 "$quick" tests/gpu
-    benchmark kernels 100 kernels vistok.eval.kernel_speed
+    benchmark sampling 60 sampling vistok.eval.kernel_speed --kernels sampling --repeats 1
     benchmark emoji 100 speed vistok.eval.speed --families emoji-64 --ways eager --dtypes float32 --batch-sizes 1 --repeats 1 \
         --longest 1
     benchmark profiles 60 profiles vistok.eval.profiles --subjects emoji-64 --dtypes float32 --repeats 1

@@ -97,7 +97,7 @@ class PlainMAR:
         """`latents [r n c]`, `labels [r]`, `is_hidden [r n]` -> `[r s+n d]`; what it says of hidden ones is not read."""
         model = self.model
         buffer = model.class_embed(labels)[:, None].expand(-1, model.num_buffer_tokens, -1)
-        hidden_states = torch.cat([buffer, model.latent_embed(latents)], dim=1)
+        hidden_states = torch.cat([buffer, model.latent_embed(latents.to(model.dtype))], dim=1)
         hidden_states = model.latent_norm(hidden_states + model.encoder.position_embed)
         mask = KeyMask(F.pad(~is_hidden, (model.num_buffer_tokens, 0), value=True))
         for block in model.encoder.blocks:

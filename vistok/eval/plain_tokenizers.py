@@ -1,19 +1,24 @@
 """Tokenizers as one would first write them, with the weights of ours: what the optimised ones are compared with.
 
-Attention is `softmax(q k^T) v` written out over a dense mask, images of different lengths are decoded one by one, and
-FlexTok's decoder computes every register and every modulation anew at each step.
+Attention is `softmax(q k^T) v` written out over a dense mask, convolutions at twice the resolution run over repeated
+pixels, images of different lengths are decoded one by one, and FlexTok's decoder computes every register and every
+modulation anew at each step, in two passes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistok.kernels.attention import AttentionMask, attention_backend
+from vistok.models.layers.upsample import UpsampleConv
 from vistok.models.tokenizers import flow
 from vistok.models.tokenizers.base import ImageTokenizer
 from vistok.models.tokenizers.flextok import FlexTok, FlexTokDecoder, Registers
@@ -35,7 +40,7 @@ def plain_encode(tokenizer: ImageTokenizer, images: Tensor) -> Tokens:
 
 def plain_decode(tokenizer: ImageTokenizer, tokens: Tokens, num_steps: int = FLEXTOK_STEPS) -> Tensor:
     """Images `[b 3 H W]` of tokens; a decoder that draws takes `num_steps` and starts from its usual noise."""
-    with attention_backend("reference"):
+    with attention_backend("reference"), _repeated_pixels(tokenizer):
         if isinstance(tokenizer, FlexTok):
             return _flextok_decode(tokenizer, tokens, num_steps)
         counts = tokens.token_counts.tolist()
@@ -44,6 +49,23 @@ def plain_decode(tokenizer: ImageTokenizer, tokens: Tokens, num_steps: int = FLE
         return torch.cat(
             [tokenizer.decode(tokens[row : row + 1].keep(count)) for row, count in enumerate(counts)]
         )
+
+
+@contextlib.contextmanager
+def _repeated_pixels(tokenizer: nn.Module) -> Iterator[None]:
+    """Inside the block, `UpsampleConv` is what its docstring says it is."""
+    convs = [module for module in tokenizer.modules() if isinstance(module, UpsampleConv)]
+    for conv in convs:
+        conv.forward = functools.partial(_upsample, conv)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for conv in convs:
+            del conv.forward
+
+
+def _upsample(conv: UpsampleConv, images: Tensor) -> Tensor:
+    return nn.Conv2d.forward(conv, F.interpolate(images, scale_factor=2.0, mode="nearest"))
 
 
 @dataclass(frozen=True)
@@ -89,7 +111,8 @@ def _flextok_decode(tokenizer: FlexTok, tokens: Tokens, num_steps: int) -> Tenso
     def velocity(latents: Tensor, step: int) -> Tensor:
         now = torch.full((len(tokens),), times[step], device=latents.device)
         with_tokens, without = (
-            decoder.velocity(latents, registers, decoder.modulations(now)) for registers in (cond, uncond)
+            decoder.velocity(latents, registers, decoder.modulations(now)).float()
+            for registers in (cond, uncond)
         )
         return guidance(with_tokens, without, FLEXTOK_GUIDANCE)
 

@@ -64,13 +64,14 @@ class Bench:
         difference = self._difference(self.subject.outputs(model))
         if not difference <= self.budget:
             raise ParityError(
-                f"{self.family}, {way}, {self.dtype}: what it computes differs by {difference:.3g} of the largest value "
-                f"from the plain loop in float32, more than {self.budget:.3g}; nothing is timed that computes something else"
+                f"{self.family}, {way}, {self.dtype}: what it computes is off by {difference:.3g} of what the plain loop "
+                f"computes in float32, more than {self.budget:.3g}; nothing is timed that computes something else"
             )
         return model, difference
 
     def _difference(self, outputs: Tensor) -> float:
-        return ((outputs - self.reference).abs().max() / self.reference.abs().max()).item()
+        error, size = (x.double().square().mean().sqrt() for x in (outputs - self.reference, self.reference))
+        return (error / size).item()
 
     def measure(
         self, cell: Cell, model: Any, difference: float, *, repeats: int, longest: float

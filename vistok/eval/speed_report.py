@@ -260,8 +260,9 @@ def _notes(report: SpeedReport) -> list[str]:
         "step, torch's attention, `multinomial`. Masked: both branches one after the other, attention written out. "
         "Continuous: nothing kept between evaluations. Tokenizers: attention written out; FlexTok: two passes over all "
         "registers per step. Faster than plain: at the same batch size.",
-        "- Difference: of logits, tokens or pixels on given inputs from those of the plain way in float32, over the "
-        "largest; at most twice what the plain way in that type is off, and nothing is timed that is off further.",
+        "- Difference: of logits, tokens or pixels on given inputs from those of the plain way in float32, root mean "
+        "square, over that of the latter; at most twice what the plain way in that type is off, and nothing is timed "
+        "that is off further.",
         "- Steps timed: where a call would take too long, it is cut to a share of its steps, and its time multiplied by "
         "what the floor of the whole is over that of the share.",
         "- First image: the first call of its kind, with compilation and all that later calls find ready. Peak: memory "

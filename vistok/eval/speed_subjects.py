@@ -57,7 +57,7 @@ class Subject(Protocol):
         model: all weights.
         num_tokens: of an image.
         shares: a call can be cut to one in so many of its steps; ascending, the first is 1.
-        tolerance: largest difference between float32 implementations, as a share of the largest value.
+        tolerance: what implementations in float32 may differ by: root mean square, over that of the values.
         protocol: what a call does.
     """
 
@@ -308,6 +308,7 @@ class TokenizerSubject:
         self.model = model
         self.num_tokens = num_tokens or model.num_tokens
         self._counted: dict[int, int] = {}  # share -> operations, of the first type that is asked for
+        self._modules: list[nn.Module] = []  # that a call goes through; known when operations are counted
         is_drawn = isinstance(model, FlexTok)
         self.shares: tuple[int, ...] = (1, 2, 5, 10) if is_drawn else (1,)
         steps = f" in {FLEXTOK_STEPS} steps, guidance {FLEXTOK_GUIDANCE:g}" if is_drawn else ""
@@ -333,7 +334,8 @@ class TokenizerSubject:
     def passes(self, batch_size: int, share: int) -> list[Pass]:
         """By torch's counter, over one image; of a decoder that draws, by what a step more adds."""
         if not isinstance(self.model, FlexTok):
-            return [Pass(own_bytes(self._modules), batch_size * self._flops(1))]
+            flops = self._flops(1)
+            return [Pass(own_bytes(self._modules), batch_size * flops)]
         decoder: FlexTokDecoder = self.model.decoder
         evaluated = weight_bytes(decoder.patches, decoder.blocks, decoder.to_patches)
         # Modulations of a time are the same for all images.
@@ -346,13 +348,16 @@ class TokenizerSubject:
     def state_bytes(self, batch_size: int, share: int) -> int:
         return 0
 
-    @functools.cached_property
-    def _modules(self) -> list[nn.Module]:
-        return modules_called(self.model, lambda: self.draw(self.model, 1, self.shares[-1]))
-
     def _flops(self, share: int) -> int:
         if share not in self._counted:
-            self._counted[share] = count_flops(lambda: self.draw(self.model, 1, share))
+            flops = 0
+
+            def count() -> None:
+                nonlocal flops
+                flops = count_flops(lambda: self.draw(self.model, 1, share))
+
+            self._modules = modules_called(self.model, count)
+            self._counted[share] = flops
         return self._counted[share]
 
     def _tokens(self, batch_size: int) -> Tokens:

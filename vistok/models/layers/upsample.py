@@ -28,16 +28,12 @@ class UpsampleConv(nn.Conv2d):
             return super().forward(F.interpolate(images, scale_factor=2.0, mode="nearest"))
         height, width = images.shape[-2:]
         padded = F.pad(images, (1, 1, 1, 1))
-        result: Tensor | None = None
-        for row, kernel in enumerate(_halves(self.weight, dim=2)):
-            for column, part in enumerate(_halves(kernel, dim=3)):
-                source = padded[:, :, row : row + height + 1, column : column + width + 1]
-                pixels = F.conv2d(source, part, self.bias)  # [b c h w]
-                if result is None:
-                    result = pixels.new_empty(*pixels.shape[:2], 2 * height, 2 * width)
-                result[:, :, row::2, column::2] = pixels
-        assert result is not None
-        return result
+        pixels = [
+            F.conv2d(padded[:, :, row : row + height + 1, column : column + width + 1], part, self.bias)
+            for row, kernel in enumerate(_halves(self.weight, dim=2))
+            for column, part in enumerate(_halves(kernel, dim=3))
+        ]  # 4 x [b c h w], those of even rows first
+        return F.pixel_shuffle(torch.stack(pixels, dim=2).flatten(1, 2), 2)
 
 
 def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
