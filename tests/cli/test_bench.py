@@ -43,7 +43,7 @@ def test_options_narrow_the_selection(run: Any, asked: list[Any], tmp_path: Path
     assert finished.code == 0, finished.stderr
     facts = json.loads(finished.stdout)
     assert (facts["command"], facts["num_cells"], facts["skipped"]) == ("bench", 2, {"a": "b"})
-    ((chosen,), folder, device), *_ = asked
+    ((*_, chosen), folder, device), *_ = asked
     assert (chosen.families, chosen.dtypes) == (("nar-b", "llamagen-b"), ("bfloat16",))
     assert (chosen.batch_sizes, chosen.repeats, chosen.longest, chosen.ways) == ((1, 8), 2, 3.0, ("plain",))
     assert folder == tmp_path / "new" and folder.is_dir() and device == "cpu"

@@ -88,10 +88,11 @@ def test_a_long_call_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model, difference = bench.prepare("eager")
     cell = Cell("llamagen-b", "eager", "float32", 1)
     monkeypatch.setattr(
-        bench, "_seconds", lambda call: call() and 1.0
+        bench, "_seconds", lambda call: (call(), 1.0)[1]
     )  # the least share is as much as allowed
     measured = bench.measure(cell, model, difference, repeats=2, longest=1.0)
     assert measured.share == 16 and shares == [16] * 5
+    assert bench.subject.draw(model, 1, 16) is None and bench.subject.draw(model, 1, 1).data.shape == (1, 64)
     ratio = bench._floor(1, 1) / bench._floor(1, 16)
     assert 16 < ratio < 20  # the cache of a whole image is longer
     short = measured.seconds / ratio
@@ -178,10 +179,10 @@ def test_selections() -> None:
         *(("eager", dtype, size) for dtype in ("float32", "bfloat16") for size in (1, 2)),
     ]
     quick = choose("quick", dtypes=["bfloat16"], repeats=7, longest=None)
-    assert [(one.dtypes, one.repeats) for one in quick] == [(("bfloat16",), 7)]
-    special, general = choose("default", families=["maskgit", "llamagen-b"])
-    assert (special.families, general.families) == (("llamagen-b",), ("maskgit", "llamagen-b"))
-    assert special.longest > general.longest
+    assert {(one.dtypes, one.repeats) for one in quick} == {(("bfloat16",), 7)}
+    first, *_, general = choose("default", families=["maskgit", "llamagen-b"])
+    assert (first.families, general.families) == (("llamagen-b",), ("maskgit", "llamagen-b"))
+    assert first.longest > general.longest
 
 
 @pytest.mark.parametrize(

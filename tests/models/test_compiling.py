@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from tests.eval.test_tokenizer_speed import FLEXTOK, TITOK
-from vistok.decoding.context_reuse import ContextReuse
 from vistok.decoding.flow_sampling import generate_flow
 from vistok.decoding.guidance import ConstantGuidance
 from vistok.decoding.mar_sampling import generate_mar
@@ -145,10 +144,9 @@ def test_calls_that_need_gradients_or_reuse_features_run_as_before() -> None:
     assert not counters["stats"].get("unique_graphs", 0)
     mar = make("mar")
     compile_model(mar)
-    streams = ImageStreams.from_seeds([0])
-    with torch.compiler.set_stance("fail_on_recompile"), torch.no_grad():
+    with torch.no_grad():
         mar.encoder(torch.zeros(1, 3, 32), mar.encoder.new_cache(1))
-    assert streams is not None and ContextReuse(2).is_full(0)
+    assert not counters["stats"].get("unique_graphs", 0)
 
 
 def test_lengths_are_rounded_up_to_powers_of_two() -> None:

@@ -129,11 +129,12 @@ quick='not (gpu or slow or network or browser)'
 if [ "$device" = cuda ]; then
     mapfile -t files < <(grep -rlE 'mark\.gpu' --include='*.py' tests | xargs -n 1 dirname | sort -u)
     tests gpu-tests 140 gpu "${files[@]}"
-    tests kernel-tests 60 "$quick" tests/kernels
+    mapfile -t files < <(grep -rlF '"cuda" if torch.cuda.is_available()' --include='test_*.py' tests | sort)
+    tests kernel-tests 60 "$quick" "${files[@]}"
     benchmark decode-attention 45 decode-attention vistok.eval.kernel_speed --kernels "decode attention"
     benchmark sampling 30 sampling vistok.eval.kernel_speed --kernels sampling
     benchmark attention 60 attention vistok.eval.kernel_speed --kernels attention
-    speed=(--dtypes bfloat16 --repeats 3 --longest 4)
+    speed=(--preset full --dtypes bfloat16 --repeats 3 --longest 4)
     benchmark llamagen-b 90 speed vistok.eval.speed --families llamagen-b --batch-sizes 1 64 "${speed[@]}"
     benchmark nar-b 70 speed vistok.eval.speed --families nar-b --batch-sizes 1 64 "${speed[@]}"
     benchmark llamagen-l 70 speed vistok.eval.speed --families llamagen-l --batch-sizes 1 64 "${speed[@]}"

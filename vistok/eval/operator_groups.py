@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ def operator_times(events: Sequence[Any], device: torch.device) -> list[Operator
         events: of a finished profile inside `network_ranges`, `profile.events()`.
         device: on which the work was done.
     """
-    seconds: Counter[tuple[str, str]] = Counter()
+    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
     calls: Counter[tuple[str, str]] = Counter()
     for event in events:
         if event.device_type != DeviceType.CPU:
@@ -107,7 +107,8 @@ def operator_times(events: Sequence[Any], device: torch.device) -> list[Operator
             key = name, _group(event, name)
             seconds[key] += microseconds / 1e6
             calls[key] += 1
-    return [OperatorTime(*key, calls[key], spent) for key, spent in seconds.most_common()]
+    times = [OperatorTime(*key, calls[key], spent) for key, spent in seconds.items()]
+    return sorted(times, key=lambda time: -time.seconds)
 
 
 def _parts(event: Any, device: torch.device) -> Iterator[tuple[str, float]]:

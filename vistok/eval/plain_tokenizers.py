@@ -52,9 +52,10 @@ def plain_decode(tokenizer: ImageTokenizer, tokens: Tokens, num_steps: int = FLE
 
 
 @contextlib.contextmanager
-def _repeated_pixels(tokenizer: nn.Module) -> Iterator[None]:
+def _repeated_pixels(tokenizer: ImageTokenizer) -> Iterator[None]:
     """Inside the block, `UpsampleConv` is what its docstring says it is."""
-    convs = [module for module in tokenizer.modules() if isinstance(module, UpsampleConv)]
+    modules = cast(nn.Module, tokenizer).modules()
+    convs = [module for module in modules if isinstance(module, UpsampleConv)]
     for conv in convs:
         conv.forward = functools.partial(_upsample, conv)  # type: ignore[method-assign]
     try:

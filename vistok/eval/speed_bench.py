@@ -85,7 +85,7 @@ class Bench:
         share, cold = self._choose_share(call, cell, longest)
         starts: list[float] = []
         peak = peak_memory(lambda: starts.append(self._seconds(lambda: call(share))), self.device)
-        if peak is not None:
+        if peak is not None and self.device.type == "cpu":  # what nothing is written to yet, is not resident
             peak += (subject.state_bytes(size, 1) - subject.state_bytes(size, share)) / MIB
         (seconds,) = median_seconds([lambda: call(share)], repeats, self.device)
         passes = subject.passes(size, 1)
@@ -110,7 +110,7 @@ class Bench:
     def _choose_share(self, call: Callable[[int], Any], cell: Cell, longest: float) -> tuple[int, float]:
         """The largest share of the steps that takes no longer; and what the first call takes more than the second.
 
-        All ways of one type and batch size have the share of the first, so that programs are compiled for one length.
+        All ways of one type and batch size but the plain one have the share of the first.
         """
         shares, key = self.subject.shares, (cell.dtype, cell.batch_size)
         if len(shares) == 1:

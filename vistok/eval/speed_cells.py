@@ -40,7 +40,9 @@ class Measurement:
     flops_per_pass: float
     weights_mib: float
     peak_mib: float | None  # of the first call beyond the weights; None where the system does not tell
-    difference: float  # from what the plain way computes in float32: root mean square, over that of the latter
+    difference: (
+        float  # from what the plain way computes in float32: root mean square, over that of the latter
+    )
     allowed: float  # the most that it may be
 
     @property

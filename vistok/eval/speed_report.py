@@ -130,7 +130,7 @@ def _draw(report: SpeedReport, path: Path) -> None:
     families = [
         name for name in report.protocols if any(one.cell.family == name for one in report.measurements)
     ]
-    figure = Figure(figsize=(2.5 + 0.5 * len(families), 3.6 * len(sizes) + 1), layout="constrained")
+    figure = Figure(figsize=(max(6, 2.5 + 0.5 * len(families)), 3.6 * len(sizes) + 1), layout="constrained")
     panels = figure.subplots(len(sizes), 1, squeeze=False)[:, 0]
     for panel, size in zip(panels, sizes, strict=True):
         for one in report.measurements:

@@ -50,12 +50,23 @@ class Selection:
         ]
 
 
-PRESETS = {
+ONE, EAGER = (1,), (PLAIN, "eager")
+FLEXTOK = ("flextok-d12-d12", "flextok-d12-d12-32-tokens")
+PRESETS = {  # for a CPU of two cores; the last selection is about all families that are not in those before
+    # About twelve minutes; compiling NAR takes two of them, the whole of LlamaGen-B three.
     "default": (
-        Selection(families=("llamagen-b", "nar-b"), batch_sizes=(1,), repeats=2, longest=20.0),
-        Selection(batch_sizes=(1,), repeats=2, longest=2.0),
+        Selection(("llamagen-b",), EAGER, DTYPES, ONE, repeats=2, longest=7.0),
+        Selection(("llamagen-b",), ("compiled",), ("bfloat16", "int8"), ONE, repeats=2, longest=7.0),
+        Selection(("nar-b",), (*EAGER, "compiled"), ("bfloat16",), ONE, repeats=3, longest=7.0),
+        Selection(FLEXTOK, EAGER, ("float32",), ONE, repeats=1, longest=3.0),
+        Selection(ways=EAGER, dtypes=("bfloat16",), batch_sizes=ONE, repeats=1, longest=1.5),
     ),
-    "quick": (Selection(families=("llamagen-b", "nar-b"), batch_sizes=(1,), repeats=1, longest=1.0),),
+    # Less than two minutes.
+    "quick": (
+        Selection(("llamagen-b",), (*EAGER, "compiled"), ("bfloat16",), ONE, repeats=1, longest=1.0),
+        Selection(("nar-b",), EAGER, ("bfloat16",), ONE, repeats=1, longest=1.0),
+    ),
+    # Hours.
     "full": (Selection(),),
 }
 

@@ -5,7 +5,7 @@ Generators draw tokens, without a tokenizer; tokenizers decode random tokens.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
@@ -88,8 +88,12 @@ class Subject(Protocol):
         ...
 
     def state_bytes(self, batch_size: int, share: int) -> int:
-        """Memory of a call that grows with its share of the steps."""
+        """Memory that a call writes to as it goes on."""
         ...
+
+
+class _Enough(Exception):
+    """All steps are done that were asked for."""
 
 
 class OrderedSubject:
@@ -126,16 +130,25 @@ class OrderedSubject:
         )
         self.protocol = f"{self.num_tokens} tokens in {self.num_steps} steps, guidance {scale:g}"
 
-    def draw(self, model: Any, batch_size: int, share: int) -> Tokens:
+    def draw(self, model: Any, batch_size: int, share: int) -> Tokens | None:
         null = None if self.null_conditions is None else self.null_conditions(batch_size)
-        return generate_ordered(
-            model,
-            self.conditions(batch_size),
-            streams=ImageStreams.from_seeds(range(batch_size)),
-            guidance=ConstantGuidance(self.scale),
-            null_condition=null,
-            num_tokens=self.num_tokens // share,
-        )
+        last = self.num_steps // share - 1
+
+        def stop(step: int, indices: Tensor) -> None:
+            if step == last < self.num_steps - 1:
+                raise _Enough
+
+        # Not with `num_tokens`: caches, and the programs compiled for them, shall be those of a whole image.
+        with contextlib.suppress(_Enough):
+            return generate_ordered(
+                model,
+                self.conditions(batch_size),
+                streams=ImageStreams.from_seeds(range(batch_size)),
+                guidance=ConstantGuidance(self.scale),
+                null_condition=null,
+                on_step=stop,
+            )
+        return None
 
     def draw_plain(self, batch_size: int, share: int) -> Tensor:
         return plain_ordered(

@@ -324,13 +324,12 @@ def test_both_passes_in_one_sequence_are_the_two_passes(
     assert (cond - uncond).abs().max() > 1e-2
 
 
-def test_the_autoencoder_stays_in_float32(tmp_path: Path) -> None:
+def test_the_autoencoder_stays_in_float32() -> None:
     model = make()
     weights = {name: weight.clone() for name, weight in model.vae.state_dict().items()}
-    model.save_pretrained(tmp_path)
-    for half in (model.to(torch.bfloat16), FlexTok.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)):
-        assert half.dtype == half.decoder.mask_vector.dtype == half.encoder.registers.dtype == torch.bfloat16
-        assert all(torch.equal(weight, weights[name]) for name, weight in half.vae.state_dict().items())
+    assert model.to(torch.bfloat16) is model
+    assert model.dtype == model.decoder.mask_vector.dtype == model.encoder.registers.dtype == torch.bfloat16
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.vae.state_dict().items())
     assert model.to("meta").decoder.mask_vector.device.type == "meta"
     assert model.vae.device.type == "meta"
 

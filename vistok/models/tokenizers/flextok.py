@@ -74,7 +74,6 @@ class FlexTok(ImageTokenizer):
     """
 
     _supports_gradient_checkpointing = False
-    _keep_in_fp32_modules = ["vae"]  # see `to`; `from_pretrained` of diffusers reads it
     variable_length = True
 
     @register_to_config
@@ -157,7 +156,12 @@ class FlexTok(ImageTokenizer):
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         for part in (self.encoder, self.quantizer, self.decoder):
             part.to(dtype=dtype)
-        return super().to(device=device, non_blocking=non_blocking)
+        return super().to(device=device, non_blocking=non_blocking)  # type: ignore[misc]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformers."""
+        return self.decoder.mask_vector.dtype
 
     def encode_all(
         self, images: Tensor, *, sample: bool | None = None, generator: Generators = None
@@ -502,8 +506,10 @@ class FlexTokDecoder(nn.Module):
         packing = Packing(patches.shape[1], registers_now.shape[1], registers.mask, null.mask, is_guided=True)
         hidden_states = self._transform(torch.cat(sequence, dim=1), modulations, packing)
         both = hidden_states[:, 1 : 1 + 2 * patches.shape[1]]
-        uncond, cond = rearrange(both, "b (two p) d -> two b p d", two=2)
-        return tuple(self.head(each, modulations.head, latents.shape[-2:]) for each in (cond, uncond))
+        uncond, cond = (
+            self.head(each, modulations.head, latents.shape[-2:]) for each in both.chunk(2, dim=1)
+        )
+        return cond, uncond
 
     def transform(
         self, patches: Tensor, registers: Registers, modulations: Modulations
