@@ -18,7 +18,7 @@ from vistok.eval.speed_bench import Bench, ParityError
 from vistok.eval.speed_cells import Cell, Measurement, SpeedReport
 from vistok.eval.speed_floor import Rates
 from vistok.eval.speed_report import AIMS, write_report
-from vistok.eval.speed_selection import Selection, choose
+from vistok.eval.speed_selection import PRESETS, Selection, choose
 from vistok.eval.speed_subjects import MaskedSubject, OrderedSubject
 from vistok.eval.speed_ways import UnavailableError
 from vistok.models.generators.llamagen import LlamaGenClass
@@ -40,6 +40,7 @@ TINY = {
         tiny(MaskGITBert(**SIZES, depth=1, num_classes=99)), 4, LinearGuidance(2.0)
     ),
 }
+RELEASED = speed_selection.FAMILIES
 CPU = torch.device("cpu")
 EAGER = ("plain", "eager")
 
@@ -65,8 +66,8 @@ def test_a_cell(family: str) -> None:
     bench = Bench(family, RATES, CPU)
     for dtype, allowed in (("float32", 1e-4), ("bfloat16", 0.1)):
         bench.convert(dtype)
-        model, difference = bench.prepare("eager")
-        measured = bench.measure(Cell(family, "eager", dtype, 2), model, difference, repeats=1, longest=100.0)
+        cell = Cell(family, "eager", dtype, 2)
+        measured = bench.measure(cell, bench.prepare("eager"), repeats=1, longest=100.0)
         assert 0 < measured.seconds <= measured.first_seconds and measured.share == 1
         assert measured.difference <= measured.allowed <= allowed
         passes = bench.subject.passes(2, 1)
@@ -85,19 +86,19 @@ def test_a_long_call_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         bench.subject, "draw", lambda model, size, share: shares.append(share) or draw(model, size, share)
     )
-    model, difference = bench.prepare("eager")
+    prepared = bench.prepare("eager")
     cell = Cell("llamagen-b", "eager", "float32", 1)
     monkeypatch.setattr(
         bench, "_seconds", lambda call: (call(), 1.0)[1]
     )  # the least share is as much as allowed
-    measured = bench.measure(cell, model, difference, repeats=2, longest=1.0)
+    measured = bench.measure(cell, prepared, repeats=2, longest=1.0)
     assert measured.share == 16 and shares == [16] * 5
-    assert bench.subject.draw(model, 1, 16) is None and bench.subject.draw(model, 1, 1).data.shape == (1, 64)
+    assert draw(prepared.model, 1, 16) is None and draw(prepared.model, 1, 1).data.shape == (1, 64)
     ratio = bench._floor(1, 1) / bench._floor(1, 16)
     assert 16 < ratio < 20  # the cache of a whole image is longer
     short = measured.seconds / ratio
     assert measured.floor / ratio == pytest.approx(bench._floor(1, 16)) and short > 0
-    assert bench.measure(replace(cell, way="compiled"), model, 0.0, repeats=1, longest=9e9).share == 16
+    assert bench.measure(replace(cell, way="compiled"), prepared, repeats=1, longest=9e9).share == 16
 
 
 def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -172,16 +173,31 @@ def test_memory_that_runs_out_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert report.skipped == {f"nar-b, eager, float32, batch {size}": "out of memory" for size in (1, 2)}
 
 
-def test_selections() -> None:
-    cells = selection(dtypes=("bfloat16", "float32")).cells("nar-b")
+def test_the_start_of_a_way_counts_for_the_first_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench("nar-b", RATES, CPU)
+    seconds = iter([9.0, 2.0])
+    monkeypatch.setattr(bench, "_seconds", lambda call: (call(), next(seconds, 0.0))[1])
+    prepared = bench.prepare("eager")
+    assert prepared.start == 7.0
+    for size, more in ((1, 7.0), (2, 0.0)):
+        cell = Cell("nar-b", "eager", "float32", size)
+        measured = bench.measure(cell, prepared, repeats=1, longest=9.0)
+        assert measured.first_seconds == pytest.approx(measured.seconds + more)
+
+
+def test_selections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_selection, "FAMILIES", RELEASED)
+    cells = selection(families=("nar-b",), dtypes=("bfloat16", "float32")).cells("nar-b")
     assert [(cell.way, cell.dtype, cell.batch_size) for cell in cells] == [
         *(("plain", "float32", size) for size in (1, 2)),
         *(("eager", dtype, size) for dtype in ("float32", "bfloat16") for size in (1, 2)),
     ]
+    for preset, selections in PRESETS.items():
+        assert choose(preset, families=None, repeats=None) == list(selections)
     quick = choose("quick", dtypes=["bfloat16"], repeats=7, longest=None)
     assert {(one.dtypes, one.repeats) for one in quick} == {(("bfloat16",), 7)}
-    first, *_, general = choose("default", families=["maskgit", "llamagen-b"])
-    assert (first.families, general.families) == (("llamagen-b",), ("maskgit", "llamagen-b"))
+    first, *_, general = choose("default", families=["mar-b", "llamagen-b"])
+    assert (first.families, general.families) == (("llamagen-b",), ("mar-b", "llamagen-b"))
     assert first.longest > general.longest
 
 

@@ -15,12 +15,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from vistok.decoding.compiled import CompiledGenerator
 from vistok.decoding.guidance import ConstantGuidance, GuidanceSchedule
 from vistok.decoding.ordered import generate_ordered
 from vistok.decoding.sampling import SamplingParams
@@ -52,6 +53,7 @@ class Subject:
         model: in evaluation mode.
         conditions: of one row each, asked for in turn.
         sampling, guidance: of all images.
+        compiled: the model with compiled steps, where they are to be.
     """
 
     name: str
@@ -59,6 +61,16 @@ class Subject:
     conditions: list[Condition]
     sampling: SamplingParams
     guidance: GuidanceSchedule
+    compiled: CompiledGenerator | None = None
+
+    @property
+    def steps(self) -> NextTokenGenerator | CompiledGenerator:
+        """What draws."""
+        return self.model if self.compiled is None else self.compiled
+
+    def with_compiled_steps(self) -> Subject:
+        """The same model, compiled."""
+        return replace(self, name=f"{self.name}, compiled", compiled=CompiledGenerator(self.model))
 
     @property
     def rows_per_image(self) -> int:
@@ -132,7 +144,7 @@ def make_llamagen() -> Subject:
 MODELS: dict[str, Callable[[], Subject]] = {"emoji-64": load_emoji, "llamagen-b": make_llamagen}
 
 
-def draw_together(model: NextTokenGenerator, requests: Sequence[Request]) -> Tokens:
+def draw_together(model: NextTokenGenerator | CompiledGenerator, requests: Sequence[Request]) -> Tokens:
     """The images of some requests that differ in condition, seed and number of tokens only, as one batch."""
     return generate_ordered(
         model,
@@ -150,7 +162,7 @@ def check_parity(subject: Subject, num_slots: int) -> None:
     Raises:
         ValueError: one differs; times of different functions mean nothing.
     """
-    server, tickets = Server(subject.model, num_slots=num_slots), []
+    server, tickets = Server(subject.model, num_slots=num_slots, feed=subject.steps.feed), []
     for request in subject.requests(PARITY_IMAGES, "mixed"):
         tickets.append(server.submit(request))
         for _ in range(PARITY_STEPS):
@@ -181,8 +193,9 @@ class Way(Protocol):
 class Continuous:
     """`Server`, a step at a time."""
 
-    def __init__(self, model: NextTokenGenerator, requests: list[Request], num_slots: int) -> None:
-        self.server = Server(model, num_slots=num_slots, max_waiting=None)
+    def __init__(self, subject: Subject, requests: list[Request], num_slots: int) -> None:
+        feed = subject.steps.feed
+        self.server = Server(subject.model, num_slots=num_slots, max_waiting=None, feed=feed)
         self.requests = requests
         self.numbers: dict[Ticket, int] = {}
 
@@ -199,14 +212,19 @@ class Batches:
     """One batch after the other.
 
     Args:
-        model: draws them.
+        model: draws them, compiled or not.
         requests: all that will come.
         batch_size: the most images of a batch.
         waits: for a full batch, while more requests will come.
     """
 
     def __init__(
-        self, model: NextTokenGenerator, requests: list[Request], batch_size: int, *, waits: bool
+        self,
+        model: NextTokenGenerator | CompiledGenerator,
+        requests: list[Request],
+        batch_size: int,
+        *,
+        waits: bool,
     ) -> None:
         self.model, self.requests = model, requests
         self.batch_size, self.waits = batch_size, waits
@@ -252,11 +270,12 @@ def play(way: Way, arrivals: Sequence[float]) -> list[float]:
 
 
 def measure_capacity(subject: Subject, batch_size: int) -> float:
-    """Images per second of full batches of whole images, one right after the other; the second of two counts."""
+    """Images per second of full batches of whole images, one right after the other, when all has run before."""
     requests = subject.requests(batch_size, "all")
-    draw_together(subject.model, requests)
+    for count in sorted({batch_size, 1, min(2, batch_size)}):  # what is compiled for two sizes serves all others
+        draw_together(subject.steps, requests[:count])
     started = time.perf_counter()
-    draw_together(subject.model, requests)
+    draw_together(subject.steps, requests)
     return batch_size / (time.perf_counter() - started)
 
 
@@ -273,12 +292,12 @@ def measure(
         num_images: requests.
         num_slots: rows of a batch, in all ways.
     """
-    model, requests = subject.model, subject.requests(num_images, lengths)
+    model, requests = subject.steps, subject.requests(num_images, lengths)
     batch_size = num_slots // subject.rows_per_image
     ways: dict[str, Way] = {
         "full batches": Batches(model, requests, batch_size, waits=True),
         "what waits": Batches(model, requests, batch_size, waits=False),
-        "continuous": Continuous(model, requests, num_slots),
+        "continuous": Continuous(subject, requests, num_slots),
     }
     arrivals = poisson_arrivals(num_images, load * capacity)
     runs = []
@@ -287,7 +306,7 @@ def measure(
         latencies = torch.tensor(ends, dtype=torch.float64) - torch.tensor(arrivals, dtype=torch.float64)
         run = Run(
             model=subject.name,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(subject.model.dtype).removeprefix("torch."),
             lengths=lengths,
             load=load,
             requests_per_second=load * capacity,
@@ -351,19 +370,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=64, help="requests of each run")
     parser.add_argument("--slots", type=int, default=16, help="rows of the model")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="compile the steps of all ways")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     runs, capacities, parameters = [], {}, {}
     for name in options.models:
-        subject = MODELS[name]()
-        model: Any = subject.model
+        plain = MODELS[name]()
+        model: Any = plain.model
         parameters[name] = sum(weight.numel() for weight in model.parameters())
         model.to(options.device)
-        check_parity(subject, options.slots)
+        check_parity(plain, options.slots)
         for dtype in options.dtypes:
             model.to(FLOAT_TYPES[dtype])
+            subject = plain.with_compiled_steps() if options.compile else plain
+            if dtype == "float32":
+                check_parity(subject, options.slots)  # and compiles for the numbers of rows that a server has
             capacity = measure_capacity(subject, options.slots // subject.rows_per_image)
-            capacities[f"{name} {dtype}"] = capacity
+            capacities[f"{subject.name} {dtype}"] = capacity
             for lengths in options.lengths:
                 for load in options.loads:
                     runs += measure(

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import vistok
 from vistok.eval.machine import describe_machine
 from vistok.eval.peak_memory import MIB
-from vistok.eval.speed_bench import Bench
+from vistok.eval.speed_bench import Bench, Prepared
 from vistok.eval.speed_cells import Cell, Measurement, SpeedReport, load, save
 from vistok.eval.speed_families import FAMILIES
 from vistok.eval.speed_floor import measure_rates
@@ -103,19 +103,18 @@ def _measure_family(
             progress.set_postfix_str(f"{family}, {way}, {dtype}")
             try:
                 bench.convert(dtype)
-                model, difference = bench.prepare(way)
-                yield from _measure_sizes(bench, chosen, model, difference, selection, report, progress)
+                prepared = bench.prepare(way)
+                yield from _measure_sizes(bench, chosen, prepared, selection, report, progress)
             except UnavailableError as error:
                 _skip(report, chosen, str(error), progress)
-            model = None
+            prepared = Prepared(None)
             _tidy()
 
 
 def _measure_sizes(
     bench: Bench,
     cells: list[Cell],
-    model: Any,
-    difference: float,
+    prepared: Prepared,
     selection: Selection,
     report: SpeedReport,
     progress: Any,
@@ -125,9 +124,7 @@ def _measure_sizes(
     for position, cell in enumerate(cells):
         try:
             _check_memory(cell, largest, bench.device)
-            largest = bench.measure(
-                cell, model, difference, repeats=selection.repeats, longest=selection.longest
-            )
+            largest = bench.measure(cell, prepared, repeats=selection.repeats, longest=selection.longest)
         except (torch.OutOfMemoryError, UnavailableError) as error:
             _skip(report, cells[position:], str(error).splitlines()[0], progress)
             return

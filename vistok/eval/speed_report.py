@@ -265,10 +265,11 @@ def _notes(report: SpeedReport) -> list[str]:
         "that is off further.",
         "- Steps timed: where a call would take too long, it is cut to a share of its steps, and its time multiplied by "
         "what the floor of the whole is over that of the share.",
-        "- First image: the first call of its kind, with compilation and all that later calls find ready. Peak: memory "
-        "of that call beside the weights of the model. Compiled ways on a CPU hold the weights a second time, packed.",
+        "- First image: a whole call, and what the first of its kind takes more than a later one: compilation, if it is "
+        "not in Inductor's cache, and all else that later calls find ready. Loading weights is not part of it. Peak: memory "
+        "of a first call beside the weights of the model. Compiled ways on a CPU hold the weights a second time, packed.",
         *(f"- Not measured: {cells}: {reason}." for reason, cells in _skipped(report).items()),
-        f"- Median of {report.repeats} calls or fewer; {threads_in_words(report.num_threads)}; {report.device}; "
+        f"- Median of up to {report.repeats} calls; {threads_in_words(report.num_threads)}; {report.device}; "
         f"{report.machine}; vistok {report.vistok}.",
     ]
 

@@ -84,9 +84,9 @@ def choose(preset: str, **given: Any) -> list[Selection]:
     changes = {name: value for name, value in given.items() if value is not None}
     changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
     *special, general = PRESETS[preset]
-    wanted = changes.get("families", general.families)
     chosen = []
     for selection in special:
+        wanted = changes.get("families", selection.families)
         families = tuple(family for family in selection.families if family in wanted)
         chosen.append(replace(selection, **{**changes, "families": families}))
     return [*chosen, replace(general, **changes)]

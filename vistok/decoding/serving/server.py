@@ -41,7 +41,7 @@ class Server:
         num_slots: rows of the batch. A guided request takes two, until the last of its tokens that is guided.
         num_tokens: the most that a request may ask for; all of an image by default.
         max_waiting: requests that may wait; `None`: any number.
-        feed: computes a step instead of `model.feed`, such as `torch.compile(model.feed)`. It sees the first 1, 2, 4,
+        feed: computes a step instead of `model.feed`, such as that of a `CompiledGenerator`. It sees the first 1, 2, 4,
             8, ... rows of one cache that is kept, and so as many kinds of arguments.
 
     Raises:

@@ -120,7 +120,8 @@ def reference_sample_tokens(
     """See `sample_tokens`."""
     logits = logits.float()
     if len(logits) == 2 * len(uniforms):
-        logits = apply_guidance(*logits.chunk(2), guidance_scale)
+        cond, uncond = logits.chunk(2)
+        logits = apply_guidance(cond, uncond, guidance_scale)
     probs = filtered_probabilities(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, typical_p=typical_p
     )
