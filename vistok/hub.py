@@ -100,13 +100,16 @@ def load_pipeline(name_or_path: str | Path, **options: Any) -> ImagePipeline:
 
 
 def load_tokenizer(name_or_path: str | Path, **options: Any) -> ImageTokenizer:
-    """A tokenizer, or the one of a pipeline, by the arguments of `load`.
+    """A tokenizer, or the one of a pipeline, by the arguments of `load`; a `quantization` is the tokenizer's.
 
     Raises:
         ValueError, WeightsUnavailableError: as `load`, or the model is a generator.
     """
+    quantization = options.pop("quantization", None)
     model = load(name_or_path, **options)
     tokenizer = getattr(model, "tokenizer", model)
+    if quantization is not None:
+        quantize_weights(tokenizer, quantization)
     if not isinstance(tokenizer, ImageTokenizer):
         raise ValueError(
             f"{name_or_path} is a {type(model).__name__}, not a tokenizer or a pipeline; see `vistok models`"

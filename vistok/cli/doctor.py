@@ -28,6 +28,7 @@ PACKAGES = (
 )
 OPTIONAL = {  # package -> the extra that brings it, and what needs it
     "xformers": "gpu: another attention backend",
+    "torchao": "quant: weights of 8 bits",
     "gradio": "demo: vistok demo",
     "accelerate": "train: training on several devices",
     "datasets": "train: Hugging Face data sets",
@@ -60,6 +61,7 @@ def diagnose() -> dict[str, dict[str, Any]]:
     import torch
 
     from vistok.eval.machine import describe_machine
+    from vistok.kernels.triton_support import triton_objections
 
     machine = asdict(describe_machine())
     return {
@@ -77,6 +79,10 @@ def diagnose() -> dict[str, dict[str, Any]]:
         "machine": {key: machine[key] for key in ("cpu", "cores", "memory_gib", "gpu", "system")},
         "devices": {device: _device(device) for device in available_devices()},
         "attention_backends": attention_backends(),
+        "triton_kernels": {  # of decode attention, sampling and verification
+            f"on {device}": "; ".join(triton_objections(torch.device(device))) or "run"
+            for device in available_devices()
+        },
         "programs": {"npm": shutil.which("npm") or "not found; only needed to build the emoji data set"},
     }
 

@@ -165,8 +165,14 @@ def generate(
         model, device=choose_device(device), dtype=choose_dtype(dtype), quantization=quantization
     )
     if compiled:
+        if compare:
+            raise ValueError(
+                "--compare times plain decoding as it is without --compile; leave one of the two out"
+            )
         if decoding == "speculative":
-            raise ValueError("--compile is for plain decoding; leave out --decoding speculative, or --compile")
+            raise ValueError(
+                "--compile is for plain decoding; leave out --decoding speculative, or --compile"
+            )
         pipeline.compile()
     sampling = sampling_settings(
         pipeline,

@@ -31,7 +31,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")]
 Quantization = Annotated[
     str | None,
-    typer.Option(help="int8: weights of the generator in 8 bits, for less memory; needs torchao. [default: none]"),
+    typer.Option(
+        help="int8: weights of the generator in 8 bits, for less memory; needs torchao. [default: none]"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")]
 

@@ -156,7 +156,8 @@ def _situation(pipeline: ImagePipeline, drafter: Path) -> str:
     device = pipeline.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     models = f"{model_identity(pipeline.transformer)}, drafter {digest.hexdigest()[:16]}"
-    facts = f"{pipeline.transformer.dtype}, {torch.get_num_threads()} threads"
+    weights = "int8" if getattr(pipeline.transformer, "original_identity", None) else "plain"
+    facts = f"{pipeline.transformer.dtype}, {weights} weights, {torch.get_num_threads()} threads"
     return f"{models}, vistok {vistok.__version__}, {where}, {facts}"
 
 

@@ -44,7 +44,7 @@ def generate_ordered(
     Args:
         model: a generator with an order, or one whose steps are compiled.
         condition: what the model is conditioned on, batch axis first; see the model's `prefill`.
-        streams: at each step one uniform draw per image and position is taken from it.
+        streams: one uniform draw per image and position is taken from it, all before the first step.
         num_tokens: stop after so many tokens, one number for all images or one per image `[b]`; all by default. Fewer
             are possible in raster order only.
         sampling: how a token is drawn.
@@ -86,14 +86,19 @@ def generate_ordered(
         decided = drawn if given is None else given.put(drawn, positions)
         indices[:, positions] = decided
         if on_step is not None:
-            on_step(step, indices.clone())
+            on_step(step, indices.clamp_min(0))
         if step + 1 == order.num_steps:
             break
         if step == 0 and is_guided and later_null_condition is not None:
+            cache = None  # so that there are not two of them
             cache = model.new_cache(len(rows), order.num_tokens)
             model.prefill(join_conditions(condition, later_null_condition).to(device), cache)
         decided = decided.clamp_min(0)
         logits = model.step(decided.repeat(2, 1) if is_guided else decided, cache)
+    if isinstance(order, RasterOrder):  # what lies behind the end of an image does not count
+        indices = indices.masked_fill(
+            torch.arange(order.num_tokens, device=device) >= lengths.to(device)[:, None], 0
+        )
     check_drawn(indices, order)
     return Tokens(indices=indices, codebook_size=model.codebook_size, layout=model.layout).keep(lengths)
 

@@ -13,6 +13,7 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result
 def triton_objections(device: torch.device) -> list[str]:
     """Reasons why no Triton kernel can run on tensors of this device; empty when one can."""
     if find_spec("triton") is None:

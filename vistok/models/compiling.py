@@ -6,9 +6,8 @@ generators with a fixed order need more than that, see `vistok.decoding.compiled
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from vistok.kernels.inductor import compiler_settings
 from vistok.models.generators.any_order import AnyOrderMasked
 from vistok.models.generators.base import MaskedGenerator
 from vistok.models.generators.mar import MAR
@@ -28,7 +28,6 @@ from vistok.models.tokenizers.titok import TiTok
 from vistok.models.tokenizers.vqgan import VQGAN
 from vistok.tokens import Tokens
 
-MOST_PROGRAMS = 64  # of one method: batch sizes, tokens per step
 SHORTEST_BUCKET = 32  # tokens of an image, of which the decoder of FlexTok is compiled for powers of two
 
 
@@ -138,25 +137,12 @@ class _Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or not self.method.takes(*args, **kwargs):
             return self.eager(*args, **kwargs)
-        with _settings(packs_weights=not self.is_cuda):
+        with compiler_settings(packs_weights=not self.is_cuda):
             if not self.is_graph:
                 return self._compiled(*args, **kwargs)
             torch.compiler.cudagraph_mark_step_begin()
             # The next replay overwrites what this one returns.
             return tree_map_only(Tensor, Tensor.clone, self._compiled(*args, **kwargs))
-
-
-@contextlib.contextmanager
-def _settings(*, packs_weights: bool) -> Iterator[None]:
-    """Of the compiler, which reads them whenever it meets a new kind of call."""
-    import torch._dynamo.config
-    import torch._inductor.config
-
-    with (
-        torch._inductor.config.patch(freezing=packs_weights),
-        torch._dynamo.config.patch(recompile_limit=MOST_PROGRAMS),
-    ):
-        yield
 
 
 class _Bucketed:

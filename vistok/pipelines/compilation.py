@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vistok.decoding.compiled import CompiledGenerator
+from vistok.models.compiling import CompiledModel, compile_model
 from vistok.models.generators.base import Generator, OrderedGenerator
 from vistok.pipelines.offload import Offloading
 
@@ -13,7 +14,7 @@ class Compilation(Offloading):
     """What a pipeline offers for compiling its generator."""
 
     transformer: Generator
-    _compiled: CompiledGenerator | None = None
+    _compiled: CompiledGenerator | CompiledModel | None = None
 
     def compile(self) -> None:
         """Compile what drawing runs again and again; for a pipeline that is where, and as precise as, it will run.
@@ -29,14 +30,14 @@ class Compilation(Offloading):
             raise ValueError(
                 "a generator that is offloaded cannot be compiled: its weights move; leave one of the two out"
             )
-        if isinstance(self.transformer, OrderedGenerator):
-            self._compiled = CompiledGenerator(self.transformer)
-        else:
-            from vistok.models.compiling import compile_model  # TEMP
-
-            compile_model(self.transformer)
+        model = self.transformer
+        if self._compiled is None or self._compiled.model is not model:
+            if isinstance(model, OrderedGenerator):
+                self._compiled = CompiledGenerator(model)
+            else:
+                self._compiled = compile_model(model)
 
     def compiled(self, model: Generator) -> Any:
-        """The compiled form of `model`, if that is what was compiled; else `model` itself."""
+        """What runs the compiled steps of `model`, if it is the generator that was compiled; else `model` itself."""
         compiled = self._compiled
-        return model if compiled is None or compiled.model is not model else compiled
+        return compiled if isinstance(compiled, CompiledGenerator) and compiled.model is model else model

@@ -149,7 +149,9 @@ def select_tree(known: Candidates, roots: Tensor, params: DynamicTreeParams) -> 
         tokens=torch.cat([roots[:, None], tokens * exists], dim=1),
         parents=torch.cat([-root, parents * exists], dim=1),
         exists=torch.cat([root.bool(), exists], dim=1),
-        bounds=TreeBounds(params.depth + 1, params.top_k),
+        bounds=TreeBounds(
+            min(params.depth + 1, params.total_tokens - 1), min(params.top_k, params.total_tokens - 1)
+        ),
     )
 
 

@@ -137,7 +137,7 @@ def generate_speculative(
     loop.draw_first(streams)
     while True:
         if on_step is not None:
-            on_step(loop.last_position, loop.indices.clone())
+            on_step(loop.last_position, loop.indices.clamp_min(0))
         if loop.is_done():
             break
         loop.advance(streams)

@@ -52,7 +52,7 @@ class TritonBackend:
     name = "triton"
 
     def objections(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> list[str]:
-        reasons = _triton_objections(q.device.type)
+        reasons = triton_objections(q.device)
         if q.shape[-1] > TRITON_MAX_HEAD_DIM:
             reasons.append(f"covers heads of up to {TRITON_MAX_HEAD_DIM} channels, got {q.shape[-1]}")
         if q.dtype not in TRITON_DTYPES or not q.dtype == k.dtype == v.dtype:
@@ -65,11 +65,6 @@ class TritonBackend:
         from vistok.kernels.attention.triton import triton_attention
 
         return triton_attention(q, k, v, mask, scale)
-
-
-@torch.compiler.assume_constant_result
-def _triton_objections(device_type: str) -> list[str]:
-    return triton_objections(torch.device(device_type))
 
 
 _ALL: tuple[AttentionBackend, ...] = (

@@ -294,7 +294,8 @@ def triton_attention(
         dense = dense.view(torch.uint8) if dense.dtype == torch.bool else dense
     hides_keys = mask is not None and mask.hides_keys
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, spans, dense, isinstance(mask, CausalMask), hides_keys, scale)
+    with torch.cuda.device_of(q):
+        return _Attention.apply(q, k, v, spans, dense, isinstance(mask, CausalMask), hides_keys, scale)
 
 
 def _spans(mask: PackedMask) -> Tensor:

@@ -35,7 +35,8 @@ def _run_triton(
         return decode_attention_operator(q, k, v, keys, values, lengths, ancestors, cos, sin, keep, scale)
     from vistok.kernels.decode_attention.triton import triton_decode_attention
 
-    return triton_decode_attention(q, k, v, keys, values, lengths, ancestors, rotation, keep, scale)
+    with torch.cuda.device_of(q):
+        return triton_decode_attention(q, k, v, keys, values, lengths, ancestors, rotation, keep, scale)
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -49,7 +50,7 @@ def objections(name: str, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values:
     """Reasons why a backend cannot run this call; empty when it can."""
     if name != "triton":
         return []
-    reasons = list(_platform_objections(q.device.type))
+    reasons = list(triton_objections(q.device))
     if len({x.dtype for x in (q, k, v, keys, values)}) > 1 or q.dtype not in DTYPES:
         reasons.append("needs queries, keys, values and storage of one dtype: float32, float16 or bfloat16")
     if q.shape[2] > MOST_NEW:
@@ -61,8 +62,3 @@ def objections(name: str, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         reasons.append("has no gradient (torch.no_grad or inference_mode)")
     return reasons
-
-
-@torch.compiler.assume_constant_result
-def _platform_objections(device_type: str) -> tuple[str, ...]:
-    return tuple(triton_objections(torch.device(device_type)))

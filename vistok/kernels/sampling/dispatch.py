@@ -77,6 +77,12 @@ def _check_shapes(logits: Tensor, uniforms: Tensor, guidance_scale: float | Tens
             f"uniforms {list(uniforms.shape)} go with logits of {batch_size} rows, or {2 * batch_size} with guidance, "
             f"and {num_positions} positions; got {list(logits.shape)}"
         )
+    is_off = not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0
+    if not is_off and len(logits) == batch_size > 0:
+        raise ValueError(
+            f"a guidance_scale needs unconditional logits behind the conditional ones, {2 * batch_size} rows; "
+            f"got {batch_size}"
+        )
     if isinstance(guidance_scale, Tensor):
         sizes = zip(guidance_scale.shape[::-1], (1, num_positions, batch_size), strict=False)
         if guidance_scale.ndim > 3 or any(size not in (1, fitting) for size, fitting in sizes):
@@ -84,11 +90,6 @@ def _check_shapes(logits: Tensor, uniforms: Tensor, guidance_scale: float | Tens
                 f"guidance_scale must be [] or [{batch_size} {num_positions} 1] but for axes of 1, "
                 f"got {list(guidance_scale.shape)}"
             )
-    elif guidance_scale != 1.0 and len(logits) == batch_size > 0:
-        raise ValueError(
-            f"a guidance_scale of {guidance_scale} needs unconditional logits behind the conditional ones, "
-            f"{2 * batch_size} rows; got {batch_size}"
-        )
 
 
 def _choose(logits: Tensor, typical_p: float, name: str) -> str:
@@ -108,12 +109,7 @@ def _choose(logits: Tensor, typical_p: float, name: str) -> str:
 
 def objections(device: torch.device, typical_p: float = 1.0) -> list[str]:
     """Reasons why the kernel cannot run on tensors of this device; empty when it can."""
-    reasons = list(_device_objections(device))
+    reasons = list(triton_objections(device))
     if typical_p < 1:
         reasons.append(f"does not know typical_p, got {typical_p}")
     return reasons
-
-
-@torch.compiler.assume_constant_result
-def _device_objections(device: torch.device) -> list[str]:
-    return triton_objections(device)

@@ -50,6 +50,7 @@ def verify_chain(
         return torch.zeros_like(tokens[:, :1].sum(dim=1)), draw(target_probs[:, 0], uniforms[:, 0])
     if num_drafted is None:
         num_drafted = torch.full((batch_size,), count, device=tokens.device)
+    num_drafted = num_drafted.clamp(0, count).contiguous()
     if _choose(tokens.device, backend) == "triton":
         from vistok.kernels.verification.triton import triton_verify_chain
 

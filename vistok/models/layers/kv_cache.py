@@ -76,22 +76,6 @@ class KVCache:
         stored = [x for layer in self.layers for x in (layer.keys, layer.values)]
         return stored if self.rows is None else [self.rows.lengths, *stored]
 
-    def load(self, other: KVCache) -> None:
-        """Take over the contents of a cache of the same shapes whose rows are split, in place.
-
-        Raises:
-            ValueError: the rows are not split, or the shapes differ.
-        """
-        rows, theirs = self._own_rows(), other._own_rows()
-        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
-            if mine.shape != new.shape:
-                raise ValueError(
-                    f"a cache of {list(new.shape)} cannot be loaded into one of {list(mine.shape)}"
-                )
-            mine.copy_(new)
-        self.forget_nodes()
-        rows.most = theirs.most
-
     def narrow(self, batch_size: int) -> KVCache:
         """The first rows as a cache that shares their storage, with a length of its own unless the rows are split.
 
@@ -163,9 +147,9 @@ class KVCache:
             counts: `[b]` int64, how many of the path stay.
 
         Raises:
-            ValueError: the rows are not split, or the paths are longer than there are nodes.
+            ValueError: the rows are not split, or their storage cannot grow, or the paths are longer than there are nodes.
         """
-        rows, num_nodes = self._own_rows(), self.layers[0].length
+        rows, num_nodes = self._growing_rows(), self.layers[0].length
         if path.shape[1] > num_nodes:
             raise ValueError(f"a path of {path.shape[1]} nodes was chosen among {num_nodes}")
         for layer in self.layers:
@@ -178,9 +162,9 @@ class KVCache:
         """Forget of every row what lies from `lengths [b]` on, and all nodes that are not committed.
 
         Raises:
-            ValueError: the rows are not split.
+            ValueError: the rows are not split, or their storage cannot grow.
         """
-        rows = self._own_rows()
+        rows = self._growing_rows()
         self.forget_nodes()
         rows.lengths = torch.minimum(lengths, rows.lengths)
 
@@ -194,6 +178,13 @@ class KVCache:
         self.forget_nodes()
         rows.lengths += counts  # in place, as in `advance`
         rows.most = self.max_length  # the host does not look
+
+    def clear_rows(self) -> None:
+        """Forget everything of all rows, which stay split; the storage stays."""
+        rows = self._own_rows()
+        self.forget_nodes()
+        rows.lengths.zero_()
+        rows.most = 0
 
     def put_rows(self, slots: Tensor, source: KVCache, rows: Tensor) -> None:
         """Begin some rows anew, with what rows of another cache hold; the others stay as they are.
@@ -220,3 +211,10 @@ class KVCache:
         if self.rows is None:
             raise ValueError("the rows of this cache advance together: split_rows goes first")
         return self.rows
+
+    def _growing_rows(self) -> RowLengths:
+        """For what replaces the lengths, which a CUDA graph over storage that stays would not see."""
+        rows = self._own_rows()
+        if not rows.can_grow:
+            raise ValueError("the rows of a cache that cannot grow advance, and do not choose among nodes")
+        return rows

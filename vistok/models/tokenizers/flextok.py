@@ -154,6 +154,8 @@ class FlexTok(ImageTokenizer):
     def to(self, *args: Any, **kwargs: Any) -> FlexTok:
         """As `Module.to`, but that the autoencoder keeps its dtype, float32, as its authors advise."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and getattr(self, "is_quantized", False):
+            raise ValueError("a quantized FlexTok keeps its dtype: choose one before quantize_weights")
         for part in (self.encoder, self.quantizer, self.decoder):
             part.to(dtype=dtype)
         return super().to(device=device, non_blocking=non_blocking)  # type: ignore[misc]
