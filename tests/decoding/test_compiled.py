@@ -148,7 +148,7 @@ def test_logits_that_are_no_distribution_name_step_and_image():
         )
 
     spoil.step = 0
-    with pytest.raises(ValueError, match="at step 3 of 16 the logits of image 1 were no distribution"):
+    with pytest.raises(ValueError, match="at step 3 of 16 the logits of row 1 were no distribution"):
         generate(model, condition(2), logits_processor=spoil)
 
 
@@ -165,3 +165,31 @@ def test_sampling_settings_hold_for_compiled_steps_too():
     with torch.compiler.set_stance("force_eager"):
         drawn = generate(compiled, condition(3), sampling=sampling)
     assert torch.equal(drawn, generate(model, condition(3), sampling=sampling))
+
+
+def test_programs_follow_the_weights_of_a_model_that_changes():
+    model, condition = make_model("llamagen")
+    compiled = CompiledGenerator(model)
+    with torch.compiler.set_stance("force_eager"):
+        generate(compiled, condition(1))
+        before = compiled._programs
+        generate(compiled, condition(2))
+        assert compiled._programs is before
+        model.to(torch.float64)
+        assert torch.equal(generate(compiled, condition(2)), generate(model, condition(2)))
+        assert compiled._programs is not before
+
+
+def test_what_lies_behind_the_end_of_an_image_does_not_count():
+    model, condition = make_model("llamagen")
+
+    def spoil(logits):
+        spoil.step += 1
+        return logits.masked_fill((torch.arange(2) == 0)[:, None, None], float("nan")) if spoil.step > 5 else logits
+
+    spoil.step = 0
+    drawn = generate(model, condition(2), logits_processor=spoil, num_tokens=[5, 16])
+    assert drawn[0, 5:].eq(0).all()
+    spoil.step = 0
+    with pytest.raises(ValueError, match="at step 5 of 16 the logits of row 0"):
+        generate(model, condition(2), logits_processor=spoil, num_tokens=[6, 16])

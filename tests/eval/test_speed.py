@@ -142,12 +142,16 @@ def test_what_is_not_there_is_skipped_with_its_reason(
     def missing(model: Any, quantization: str) -> Any:
         raise ModuleNotFoundError("int8 weights need a package")
 
+    def refuse(model: Any) -> Any:
+        raise ValueError("nothing of it compiles")
+
     monkeypatch.setattr(speed_ways, "quantize_weights", missing)
+    monkeypatch.setattr(speed_ways, "compile_model", refuse)
     chosen = selection(families=("maskgit",), ways=("eager", "compiled"), dtypes=("float32", "int8"))
     report = run([chosen], tmp_path, write=quiet)
     assert {one.cell.dtype for one in report.measurements} == {"float32"}
     assert report.skipped["maskgit, eager, int8, batch 1"] == "int8 weights need a package"
-    assert "fixed order" in report.skipped["maskgit, compiled, float32, batch 2"]
+    assert report.skipped["maskgit, compiled, float32, batch 2"] == "nothing of it compiles"
     again = run([chosen], tmp_path, write=quiet)
     assert again.skipped == report.skipped and again.measurements == report.measurements
 
@@ -221,8 +225,14 @@ def test_bad_runs(tmp_path: Path) -> None:
         choose("slow")
     with pytest.raises(ValueError, match="not on 'mps'"):
         run([selection()], tmp_path, "mps", write=quiet)
-    with pytest.raises(UnavailableError, match="fixed order"):
-        speed_ways.WAYS["compiled"](TINY["maskgit"]())
+
+
+def test_a_model_that_is_compiled_in_place_is_taken_back() -> None:
+    subject = TINY["maskgit"]()
+    made = speed_ways.WAYS["compiled"](subject)
+    assert speed_ways.drawn_with(subject, made) is subject.model and "forward" in vars(subject.model)
+    speed_ways.finish(made)
+    assert "forward" not in vars(subject.model)
 
 
 def measurement(family: str, way: str, dtype: str, seconds: float, floor: float = 1.0) -> Measurement:

@@ -65,7 +65,7 @@ def test_reference_is_the_strict_rule_on_a_chain(is_drawn: bool) -> None:
     )
     expected = walk(chain, is_drawn)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    assert found[0].unique().tolist() == ([0, 1, 2, 3, 4] if is_drawn else found[0].unique().tolist())
+    assert {0, 1} <= set(found[0].tolist())  # some of them are accepted, and some are not
 
 
 def test_what_comes_out_follows_the_target() -> None:
@@ -116,9 +116,8 @@ def test_kernel_reads_long_rows_in_parts_and_takes_the_trees_own_tensors() -> No
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-@needs_triton
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
 def test_edges(backend: str) -> None:
     nan = float("nan")
     target = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]], device=DEVICE)

@@ -120,15 +120,15 @@ def _draw(
 
 
 def check_drawn(indices: Tensor, order: Order) -> None:
-    """Raises ValueError, naming images and the step, where a token is -1: its logits were no distribution."""
+    """Raises ValueError, naming rows of the batch and the step, where a token is -1: its logits were no distribution."""
     failed = indices < 0
     if not bool(failed.any()):
         return
     steps = order.decided_at().to(failed.device).expand_as(failed)
     first = int(steps[failed].min())
-    images = failed.any(dim=1).nonzero()[:, 0].tolist()
+    rows = failed.any(dim=1).nonzero()[:, 0].tolist()
     raise ValueError(
-        f"at step {first} of {order.num_steps} the logits of image {', '.join(map(str, images))} were no distribution "
+        f"at step {first} of {order.num_steps} the logits of row {', '.join(map(str, rows))} were no distribution "
         "(NaN, infinite, or everything excluded): are these the weights of this model, and does it run in float32?"
     )
 

@@ -11,8 +11,8 @@
 # BUDGET  seconds for everything [530]
 # ONLY    names of the steps to do, separated by spaces [all]
 #
-# A step that fails, needs what is not there, or takes longer than its share is noted and the next one goes on; benchmarks
-# keep what they measured until then. The status is 0 if every step that ran succeeded.
+# A step that fails, needs what is not there, or takes longer than its share is noted and the next one goes on; the
+# benchmarks of kernels and families keep what they measured until then. The status is 0 if every step that ran succeeded.
 set -uo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
@@ -28,6 +28,7 @@ cd -- "$root" || exit 2
 python=${PYTHON:-python3}
 budget=${BUDGET:-530}
 only=${ONLY:-}
+[ -z "$only" ] || only="wheels $only"
 work=$(mktemp -d) || exit 2
 trap 'rm -rf -- "$work"' EXIT
 mkdir -p "$work/results" "$work/site"

@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vistok.eval.kernel_speed", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the report")
     parser.add_argument(
-        "--kernels", nargs="+", metavar="NAME", help="decode attention, sampling, attention [all]"
+        "--kernels", nargs="+", choices=["decode attention", "sampling", "attention"], help="[all]"
     )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=5)

@@ -137,7 +137,7 @@ def _group(event: Any, name: str) -> str:
 
 
 def computing_calls(times: Sequence[OperatorTime]) -> int:
-    """Calls of operators that compute something themselves: on a GPU, launches of kernels."""
+    """Calls of operators but views; those that only call others are counted too."""
     return sum(time.calls for time in times if time.name not in VIEWS)
 
 

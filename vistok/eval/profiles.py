@@ -1,7 +1,8 @@
 """Where the time of drawing an image goes: `python -m vistok.eval.profiles -o FOLDER`.
 
 Released sizes with random weights, and the shipped pipeline with its own, draw images eagerly under `torch.profiler`. The time
-of all operators is summed up in groups; what is left of the time is Python, dispatch and waiting. Writes `profiles.json`, `profiles.png` and `report.md`.
+of all operators is summed up in groups; what is left of the time is Python, dispatch and waiting. Writes `profiles.json`,
+`profiles.png` and `report.md`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from vistok.eval.speed_cells import Cell, Measurement, SpeedReport, load, save
 from vistok.eval.speed_families import FAMILIES
 from vistok.eval.speed_floor import measure_rates
 from vistok.eval.speed_selection import PRESETS, Selection, choose
-from vistok.eval.speed_ways import DTYPES, PLAIN, WAYS, UnavailableError
+from vistok.eval.speed_ways import DTYPES, PLAIN, WAYS, UnavailableError, finish
 
 FILE = "speed.json"
 MOST_MEMORY = 0.8  # of what is free
@@ -101,12 +101,14 @@ def _measure_family(
         for way in dict.fromkeys(cell.way for cell in cells if cell.dtype == dtype):
             chosen = [cell for cell in cells if (cell.dtype, cell.way) == (dtype, way)]
             progress.set_postfix_str(f"{family}, {way}, {dtype}")
+            prepared = Prepared(None)
             try:
                 bench.convert(dtype)
                 prepared = bench.prepare(way)
                 yield from _measure_sizes(bench, chosen, prepared, selection, report, progress)
             except UnavailableError as error:
                 _skip(report, chosen, str(error), progress)
+            finish(prepared.made)
             prepared = Prepared(None)
             _tidy()
 

@@ -14,7 +14,7 @@ from vistok.eval.speed_cells import Cell, Measurement
 from vistok.eval.speed_families import build_subject
 from vistok.eval.speed_floor import Rates, floor_seconds, is_bound_by_memory
 from vistok.eval.speed_subjects import Subject
-from vistok.eval.speed_ways import PLAIN, PLAIN_DTYPE, WAYS, convert
+from vistok.eval.speed_ways import PLAIN, PLAIN_DTYPE, WAYS, convert, drawn_with
 from vistok.eval.speed_work import mean_of
 from vistok.eval.timing import median_seconds
 from vistok.models.quantize import stored_bytes
@@ -30,11 +30,13 @@ class Prepared:
 
     Args:
         model: what `Subject.draw` takes.
+        made: what `finish` takes.
         difference: how far its outputs are off.
         start: seconds that the first evaluation for one image took more than the second.
     """
 
     model: Any
+    made: Any = None
     difference: float = 0.0
     start: float = 0.0
 
@@ -76,7 +78,8 @@ class Bench:
         """
         if way == PLAIN:
             return Prepared(None)
-        model = WAYS[way](self.subject)
+        made = WAYS[way](self.subject)
+        model = drawn_with(self.subject, made)
         outputs: list[Tensor] = []
         first, second = (self._seconds(lambda: outputs.append(self.subject.outputs(model))) for _ in range(2))
         difference = self._difference(outputs[0])
@@ -85,7 +88,7 @@ class Bench:
                 f"{self.family}, {way}, {self.dtype}: what it computes is off by {difference:.3g} of what the plain loop "
                 f"computes in float32, more than {self.budget:.3g}; nothing is timed that computes something else"
             )
-        return Prepared(model, difference, max(0.0, first - second))
+        return Prepared(model, made, difference, max(0.0, first - second))
 
     def _difference(self, outputs: Tensor) -> float:
         error, size = (x.double().square().mean().sqrt() for x in (outputs - self.reference, self.reference))

@@ -9,6 +9,7 @@ import torch
 
 from vistok.decoding.compiled import CompiledGenerator
 from vistok.eval.speed_subjects import Subject
+from vistok.models.compiling import CompiledModel, compile_model
 from vistok.models.generators.base import OrderedGenerator
 from vistok.models.quantize import quantize_weights
 
@@ -40,17 +41,26 @@ def _eager(subject: Subject) -> Any:
 
 
 def _compiled(subject: Subject) -> Any:
-    if not isinstance(subject.model, OrderedGenerator):
-        raise UnavailableError(
-            f"only generators with a fixed order compile, not {type(subject.model).__name__}"
-        )
+    """Steps apart from the model, or the model itself, compiled until `finish` takes it back."""
+    model = subject.model
     try:
-        return CompiledGenerator(subject.model)
+        return CompiledGenerator(model) if isinstance(model, OrderedGenerator) else compile_model(model)
     except ValueError as error:
         raise UnavailableError(str(error)) from error
 
 
-WAYS: dict[str, Callable[[Subject], Any]] = {  # name -> what is given to `Subject.draw`
+def drawn_with(subject: Subject, made: Any) -> Any:
+    """What `Subject.draw` takes, of what a way has made."""
+    return subject.model if isinstance(made, CompiledModel) else made
+
+
+def finish(made: Any) -> None:
+    """Take back what a way has done to the model of a subject."""
+    if isinstance(made, CompiledModel):
+        made.undo()
+
+
+WAYS: dict[str, Callable[[Subject], Any]] = {  # name -> what `drawn_with` and `finish` take
     "eager": _eager,
     "compiled": _compiled,
 }

@@ -25,8 +25,8 @@ def quantize_weights(model: Model, quantization: str = "int8") -> Model:
     """Store the weights of a model's blocks in fewer bits, in place, for inference.
 
     The device can still be changed, the dtype cannot: choose it first. Such a model is not saved, and it has the
-    identity of the original, from which it is made in seconds. Without `torch.compile` the weights of a layer are widened whenever it computes, which saves
-    memory and costs time.
+    identity of the original, from which it is made in seconds. Without `torch.compile` the weights of a layer are
+    widened whenever it computes, which saves memory and costs time.
 
     Args:
         model: a generator or tokenizer, in the dtype to compute in.

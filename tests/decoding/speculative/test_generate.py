@@ -30,6 +30,7 @@ DRAFTINGS = {
     "static tree": SampledDrafting(TREE),
     "deterministic tree": TopDrafting(TREE),
     "dynamic tree": DynamicDrafting(DynamicTreeParams(top_k=3, depth=2, total_tokens=9)),
+    "small dynamic tree": DynamicDrafting(DynamicTreeParams(top_k=3, depth=3, total_tokens=4)),
 }
 SETTINGS = {
     "plain": (SamplingParams(), 1.0),

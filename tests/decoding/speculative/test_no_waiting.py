@@ -172,5 +172,5 @@ def test_logits_that_are_no_distribution_are_told_with_their_step(target: LlamaG
     broken = Broken(**{name: value for name, value in target.config.items() if not name.startswith("_")})
     broken.load_state_dict(target.state_dict())
     drafter = EagleTreeDrafter(drafter_for(target), CHAIN)
-    with pytest.raises(ValueError, match="at step 1 of 16 the logits of image 1 were no distribution"):
+    with pytest.raises(ValueError, match="at step 1 of 16 the logits of row 1 were no distribution"):
         speculate(broken.eval(), drafter, guidance=None)
