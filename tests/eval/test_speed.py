@@ -20,7 +20,6 @@ from vistok.eval.speed_floor import Rates
 from vistok.eval.speed_report import AIMS, write_report
 from vistok.eval.speed_selection import PRESETS, Selection, choose
 from vistok.eval.speed_subjects import MaskedSubject, OrderedSubject
-from vistok.eval.speed_ways import UnavailableError
 from vistok.models.generators.llamagen import LlamaGenClass
 from vistok.models.generators.maskgit import MaskGITBert
 from vistok.models.generators.nar import NARClass

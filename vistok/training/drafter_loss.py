@@ -118,6 +118,7 @@ class StepsLayer(LayerCache):
     """Those of one layer."""
 
     def __init__(self) -> None:
+        self.rows = None  # they advance together
         self.kept: list[tuple[Tensor, Tensor]] = []
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from vistok.models.tokenizers.vqgan import VQGAN
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_the_convolution_of_repeated_pixels(size: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     conv = UpsampleConv(6).to(dtype)
     images = torch.randn(2, 6, *size, generator=generator).to(dtype)
     repeated = F.interpolate(images.double(), scale_factor=2.0, mode="nearest")

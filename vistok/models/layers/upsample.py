@@ -13,7 +13,8 @@ class UpsampleConv(nn.Conv2d):
     Of the nine pixels under the kernel at least two rows and two columns are copies, whose weights can be added up
     before: the pixels at even and odd rows and columns are four convolutions of 2x2 at the lower resolution (the idea of
     sub-pixel convolution, Shi et al. 2016, section 3.2), 4/9 of the products. That is how it is computed on a CPU, where
-    the products take the time; the result differs by rounding. It takes about half the time of the two steps.
+    the products take the time; the result differs by rounding. In lower precision than float32, where the sums of weights
+    would be rounded, too, it is computed as it is written.
 
     Args:
         channels: of the images and of the result.
@@ -24,7 +25,7 @@ class UpsampleConv(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """`[b c h w]` -> `[b c 2h 2w]`."""
-        if images.device.type != "cpu":
+        if images.device.type != "cpu" or images.dtype not in (torch.float32, torch.float64):
             return super().forward(F.interpolate(images, scale_factor=2.0, mode="nearest"))
         height, width = images.shape[-2:]
         padded = F.pad(images, (1, 1, 1, 1))
@@ -37,7 +38,6 @@ class UpsampleConv(nn.Conv2d):
 
 
 def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """A kernel of 3 along `dim` as the kernels of 2 that make even and odd pixels, in float32 where it is narrower."""
-    first, second, third = weight.to(torch.promote_types(weight.dtype, torch.float32)).split(1, dim=dim)
-    even, odd = torch.cat([first, second + third], dim), torch.cat([first + second, third], dim)
-    return even.to(weight.dtype), odd.to(weight.dtype)
+    """A kernel of 3 along `dim` as the kernels of 2 that make even and odd pixels."""
+    first, second, third = weight.split(1, dim=dim)
+    return torch.cat([first, second + third], dim), torch.cat([first + second, third], dim)
