@@ -185,7 +185,11 @@ def test_what_lies_behind_the_end_of_an_image_does_not_count():
 
     def spoil(logits):
         spoil.step += 1
-        return logits.masked_fill((torch.arange(2) == 0)[:, None, None], float("nan")) if spoil.step > 5 else logits
+        return (
+            logits.masked_fill((torch.arange(2) == 0)[:, None, None], float("nan"))
+            if spoil.step > 5
+            else logits
+        )
 
     spoil.step = 0
     drawn = generate(model, condition(2), logits_processor=spoil, num_tokens=[5, 16])

@@ -106,6 +106,16 @@ def test_the_plain_way_computes_the_same(subject: Subject) -> None:
     subject.draw_plain(2, subject.shares[-1])
 
 
+def test_ways_in_bfloat16_are_as_far_off_as_the_plain_one(subject: Subject) -> None:
+    exact = subject.plain_outputs()
+    subject.model.to(torch.bfloat16)
+    plain, ours = (
+        ((outputs - exact).square().mean() / exact.square().mean()).sqrt()
+        for outputs in (subject.plain_outputs(), subject.outputs(subject.model))
+    )
+    assert 1e-4 < plain < 0.2 and ours <= 2 * plain
+
+
 def test_the_work_is_what_torch_counts(subject: Subject) -> None:
     for share in subject.shares[:2]:
         counted = count_flops(lambda share=share: subject.draw(subject.model, 3, share))

@@ -15,7 +15,9 @@ from vistok.pipelines.speculation import SpeculativeDecoding
 @pytest.fixture
 def pipeline() -> vistok.TextToImagePipeline:
     torch.manual_seed(0)
-    pipeline = vistok.TextToImagePipeline(vistok.ConvTiTok(**TOKENIZER), vistok.TextAR(**GENERATOR), top_p=0.9)
+    pipeline = vistok.TextToImagePipeline(
+        vistok.ConvTiTok(**TOKENIZER), vistok.TextAR(**GENERATOR), top_p=0.9
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -272,7 +272,9 @@ def play(way: Way, arrivals: Sequence[float]) -> list[float]:
 def measure_capacity(subject: Subject, batch_size: int) -> float:
     """Images per second of full batches of whole images, one right after the other, when all has run before."""
     requests = subject.requests(batch_size, "all")
-    for count in sorted({batch_size, 1, min(2, batch_size)}):  # what is compiled for two sizes serves all others
+    for count in sorted(
+        {batch_size, 1, min(2, batch_size)}
+    ):  # what is compiled for two sizes serves all others
         draw_together(subject.steps, requests[:count])
     started = time.perf_counter()
     draw_together(subject.steps, requests)

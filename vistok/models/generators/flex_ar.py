@@ -88,7 +88,10 @@ class FlexARCache(KVCache):
 
     def tensors(self) -> list[Tensor]:
         """See `KVCache`."""
-        return [*super().tensors(), *(x for text in self.text or [] for x in (text.keys, text.values, text.keep))]
+        return [
+            *super().tensors(),
+            *(x for text in self.text or [] for x in (text.keys, text.values, text.keep)),
+        ]
 
     def narrow(self, batch_size: int) -> FlexARCache:
         """See `KVCache.narrow`."""
@@ -105,7 +108,9 @@ class FlexARCache(KVCache):
             return
         if self.text is None:
             self.text = [keys.blank(self.batch_size) for keys in source.text]
-        self.text = [mine.put_rows(slots, keys, rows) for mine, keys in zip(self.text, source.text, strict=True)]
+        self.text = [
+            mine.put_rows(slots, keys, rows) for mine, keys in zip(self.text, source.text, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
