@@ -37,10 +37,10 @@ from vistok.eval.continuous_ways import (
 )
 from vistok.eval.machine import describe_machine, threads_in_words
 from vistok.eval.markdown import table
+from vistok.eval.speed_ways import FLOAT_TYPES
 from vistok.files import atomic_path
 from vistok.tokens import Tokens
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Of the largest value: both ways sum in another order, and every step amplifies what that makes.
 LARGEST_DIFFERENCE = 1e-3
 
@@ -121,7 +121,7 @@ def measure(
             yield _measure_way(name, way, "float32", batch_size, repeats)
     for dtype in dtypes:
         for network in family.networks.values():
-            network.to(DTYPES[dtype])
+            network.to(FLOAT_TYPES[dtype])
         for way in family.with_few_steps().ways():  # the first call of a kind takes longer
             way.draw(*_inputs(1))
         for batch_size in batch_sizes:
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vistok.eval.continuous_speed", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="NAME")
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--dtypes", nargs="+", default=list(FLOAT_TYPES), choices=FLOAT_TYPES)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(

@@ -25,6 +25,7 @@ from vistok.decoding.streams import ImageStreams
 from vistok.eval.machine import describe_machine
 from vistok.eval.markdown import table
 from vistok.eval.peak_memory import MIB, peak_memory
+from vistok.eval.speed_work import cache_bytes
 from vistok.files import atomic_path
 from vistok.models.generators.llamagen import PRESETS, LlamaGenClass
 from vistok.models.quantize import large_layers, quantize_weights, stored_bytes
@@ -120,11 +121,7 @@ def count(size: str, image_size: int) -> Counted:
 
 def cache_mib(model: LlamaGenClass, num_images: int, num_tokens: int | None = None) -> float:
     """Of images with guidance, all tokens of them by default, in MiB; a model in the dtype of `model`."""
-    options = model.options
-    positions = model.prefix.length + (num_tokens or model.num_tokens)
-    rows = 2 * num_images
-    values = 2 * len(model.blocks) * rows * positions * options.kv_heads * options.head_dim
-    return values * model.dtype.itemsize / MIB
+    return cache_bytes(model, num_images, num_tokens or model.num_tokens) / MIB
 
 
 def build(model_class: Any, device: torch.device, **config: Any) -> Any:

@@ -35,6 +35,9 @@ from vistok.eval.operator_groups import (
 )
 from vistok.eval.random_weights import randomize
 from vistok.eval.rate_distortion_report import DPI, check_plotting
+from vistok.eval.speed_families import PROMPT, SHIPPED
+from vistok.eval.speed_subjects import FLEXTOK_STEPS
+from vistok.eval.speed_ways import FLOAT_TYPES
 from vistok.eval.timing import median_seconds
 from vistok.files import atomic_path
 from vistok.hub import load_pipeline
@@ -45,13 +48,10 @@ from vistok.models.generators.xar import XAR
 from vistok.models.tokenizers import flextok
 from vistok.tokens import Tokens
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LARGEST = 5  # operators that the report names
 GUIDANCE_SCALE = 2.0
 FLOW_STEPS = 8  # of xAR at every cell: shares do not depend on them
 FLEXTOK = "flextok-d12-d12-in1k"
-FLEXTOK_STEPS = 20
-SHIPPED, PROMPT = "emoji-64", "red apple"
 
 Draw = Callable[[int], Any]  # number of images -> images or tokens
 
@@ -175,7 +175,7 @@ def measure(name: str, device: torch.device, dtype: str, *, batch_size: int = 1,
     if name not in SUBJECTS:
         raise ValueError(f"unknown subject {name!r}; choose from {', '.join(SUBJECTS)}")
     torch.manual_seed(0)
-    draw = SUBJECTS[name].build(device, DTYPES[dtype])
+    draw = SUBJECTS[name].build(device, FLOAT_TYPES[dtype])
 
     def call() -> Any:
         return draw(batch_size)
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vistok.eval.profiles", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), metavar="NAME")
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--dtypes", nargs="+", default=list(FLOAT_TYPES), choices=FLOAT_TYPES)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")

@@ -35,8 +35,7 @@ def _run_triton(
         return decode_attention_operator(q, k, v, keys, values, lengths, ancestors, cos, sin, keep, scale)
     from vistok.kernels.decode_attention.triton import triton_decode_attention
 
-    with torch.cuda.device_of(q):
-        return triton_decode_attention(q, k, v, keys, values, lengths, ancestors, rotation, keep, scale)
+    return triton_decode_attention(q, k, v, keys, values, lengths, ancestors, rotation, keep, scale)
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {

@@ -29,8 +29,7 @@ def decode_attention_operator(
     from vistok.kernels.decode_attention.triton import triton_decode_attention
 
     rotation = None if cos is None or sin is None else (cos, sin)
-    with torch.cuda.device_of(q):
-        return triton_decode_attention(q, k, v, keys, values, lengths, ancestors, rotation, keep, scale)
+    return triton_decode_attention(q, k, v, keys, values, lengths, ancestors, rotation, keep, scale)
 
 
 @decode_attention_operator.register_fake

@@ -214,22 +214,23 @@ def triton_decode_attention(
     if num_parts > 1:
         parts = torch.empty((num_parts, *q.shape), dtype=torch.float32, device=q.device)
         log_totals = torch.empty((num_parts, b, h, t), dtype=torch.float32, device=q.device)
-    _attend_kernel[(*grid, num_parts)](
-        q, k, v, keys, values, lengths, above, cos, sin, kept, parts, log_totals,
-        (d**-0.5 if scale is None else scale) * math.log2(math.e),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        *lengths.stride(),
-        *((0, 0, 0) if above is None else above.stride()),
-        *((0, 0) if cos is None else (cos.stride(0), cos.stride(2))),
-        *((0, 0) if kept is None else kept.stride()),
-        b, t, max_length, d,
-        NUM_KEY_HEADS=num_key_heads, GROUP=group, NUM_PARTS=num_parts, WIDENS=is_interpreting(), **blocks,
-    )  # fmt: skip
-    if num_parts > 1:
-        _join_kernel[(b * h * t,)](
-            parts, log_totals, out, b * h * t, d,
-            NUM_PARTS=num_parts, BLOCK_P=triton.next_power_of_2(num_parts), BLOCK_D=blocks["BLOCK_D"], num_warps=1,
+    with torch.cuda.device_of(q):
+        _attend_kernel[(*grid, num_parts)](
+            q, k, v, keys, values, lengths, above, cos, sin, kept, parts, log_totals,
+            (d**-0.5 if scale is None else scale) * math.log2(math.e),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+            *lengths.stride(),
+            *((0, 0, 0) if above is None else above.stride()),
+            *((0, 0) if cos is None else (cos.stride(0), cos.stride(2))),
+            *((0, 0) if kept is None else kept.stride()),
+            b, t, max_length, d,
+            NUM_KEY_HEADS=num_key_heads, GROUP=group, NUM_PARTS=num_parts, WIDENS=is_interpreting(), **blocks,
         )  # fmt: skip
+        if num_parts > 1:
+            _join_kernel[(b * h * t,)](
+                parts, log_totals, out, b * h * t, d,
+                NUM_PARTS=num_parts, BLOCK_P=triton.next_power_of_2(num_parts), BLOCK_D=blocks["BLOCK_D"], num_warps=1,
+            )  # fmt: skip
     return out
 
 

@@ -38,7 +38,7 @@ def apply_guidance(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor)
         return cond
     return (
         (cond - uncond).mul_(guidance_scale).add_(uncond)
-    )  # in place: fresh memory costs more than the sums
+    )
 
 
 def filtered_probabilities(
