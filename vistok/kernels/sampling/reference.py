@@ -36,9 +36,7 @@ def apply_guidance(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor)
         return torch.where(guidance_scale == 1.0, cond, uncond + guidance_scale * (cond - uncond))
     if guidance_scale == 1.0:
         return cond
-    return (
-        (cond - uncond).mul_(guidance_scale).add_(uncond)
-    )
+    return (cond - uncond).mul_(guidance_scale).add_(uncond)
 
 
 def filtered_probabilities(
